@@ -1,0 +1,258 @@
+"""Seeded draws, word lists and templates that remember: what every built-in text is made of.
+
+A template is plain text with two marks. `[one|two|three]` picks one of its alternatives; `<thing>`
+draws a word of that category and remembers it, so that `<thing>` further down is the same thing and
+`<thing2>` is another one. `<a_thing>` adds the article, `<thing_s>` is the plural, `<Thing>` is
+capitalised, `<he>`, `<him>` and `<his>` follow `<name>` (`<he2>` follows `<name2>`), `<n+n2>` is a
+sum. A drawn word may hold marks itself: the word lists are a context-free grammar with a memory.
+
+Only `random.Random(str)` and its `random()` are used: of Python's generator those two are promised
+to stay the same for ever, while `choice`, `shuffle` and `randrange` may change between versions.
+"""
+
+import random
+import re
+from collections.abc import Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+GIRLS = (
+    "Ada Anna Bea Clara Dora Ella Emma Eva Fay Greta Hanna Ida Iris Julia Kate Lena Lily Maya Mia "
+    "Nina Nora Olga Rosa Ruth Sara Sofia Tess Vera Wanda Zoe"
+).split()
+BOYS = (
+    "Adam Alan Ben Carl David Emil Erik Felix Finn George Hugo Ivan Jack Jonas Karl Leo Luca Mark "
+    "Max Noah Omar Oscar Paul Peter Ravi Sam Tom Victor Will Yusuf"
+).split()
+PRONOUNS = {"he": ("she", "he"), "him": ("her", "him"), "his": ("her", "his")}
+
+_TOWN_STARTS = (
+    "Ash Birch Black Clear Cold Deep East Elm Fair Fox Green Grey High Long Maple Mill New North "
+    "Oak Old Red Rose Salt Sand Silver South Stone Summer Swan West White Winter"
+).split()
+_TOWN_ENDS = "bridge brook bury dale field ford gate ham haven hill mouth port ton well wood".split()
+
+WORDS: dict[str, Sequence[str]] = {
+    "name": GIRLS + BOYS,
+    "surname": (
+        "Baker Brook Carter Dale Fisher Field Gray Hill Hunter Lake Mason Miller Moor North Park "
+        "Potter Reed Rivers Shaw Stone Taylor Turner Vale Ward West Winter Wood Young"
+    ).split(),
+    "town": [start + end for start in _TOWN_STARTS for end in _TOWN_ENDS],
+    "colour": "red blue green yellow white black brown grey orange purple pink golden".split(),
+    "size": "small large tiny huge little tall short wide narrow heavy".split(),
+    "look": (
+        "old new bright plain round broken shiny dusty wooden painted simple strange pretty clean "
+        "empty elegant ugly"
+    ).split(),
+    "kind": "kind clever shy brave friendly patient cheerful quiet careful funny gentle proud".split(),
+    "mood": "happy sad tired proud hungry angry nervous calm curious lonely excited glad".split(),
+    "thing": (
+        "lamp clock kettle basket umbrella key ring book map mirror drum flute kite bell candle "
+        "blanket bottle box brush bucket button camera chair coin comb cup doll envelope hammer "
+        "hat helmet jar knife ladder letter mug needle oar pan pencil pillow plate pot radio rope "
+        "ruler scarf shell shovel spoon stamp telescope ticket torch vase violin wallet watch "
+        "whistle apron axe"
+    ).split(),
+    "animal": (
+        "cat dog horse cow goat hen duck goose rabbit mouse owl fox wolf bear otter badger "
+        "hedgehog squirrel frog crow eagle swan donkey pig turtle snake lizard beaver seal ant"
+    ).split(),
+    "pet": "cat dog rabbit parrot hamster pony turtle goldfinch kitten puppy owl donkey".split(),
+    "fruit": (
+        "apple pear plum cherry peach lemon orange banana melon fig grape apricot strawberry mango"
+    ).split(),
+    "vegetable": "carrot onion potato leek turnip tomato cabbage pepper bean beetroot pea".split(),
+    "herb": "parsley mint thyme basil sage dill rosemary chives".split(),
+    "food": (
+        "bread cheese soup rice honey butter porridge salad fish cake pie pasta yoghurt jam"
+    ).split(),
+    "drink": "tea coffee milk water juice cocoa lemonade cider".split(),
+    "tree": "oak elm ash birch pine willow maple beech alder apple".split(),
+    "flower": "rose tulip lily daisy iris poppy violet aster orchid sunflower".split(),
+    "place": (
+        "market school library station bridge harbour park mill church museum bakery garden "
+        "square inn farm hospital bank theatre workshop castle"
+    ).split(),
+    "room": "kitchen attic cellar hall bedroom study bathroom garage office".split(),
+    "spot": (
+        "under the bed|behind the door|on the table|in the drawer|by the window|near the stove|"
+        "on the top shelf|inside the old box|at the bottom of the bag|next to the sink"
+    ).split("|"),
+    "land": "river lake forest hill valley island desert beach mountain meadow marsh cliff".split(),
+    "job": (
+        "baker teacher doctor nurse farmer painter tailor driver singer writer sailor carpenter "
+        "gardener engineer miller cook actor clerk judge potter artist"
+    ).split(),
+    "relation": "sister brother mother father aunt uncle cousin grandmother grandfather".split(),
+    "subject": "history music maths science art geography reading sport chemistry".split(),
+    "game": "chess football tennis cards hockey darts golf marbles".split(),
+    "season": "spring summer autumn winter".split(),
+    "month": (
+        "January February March April May June July August September October November December"
+    ).split(),
+    "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
+    "daytime": "morning afternoon evening".split(),
+    "weather": "sunny cloudy windy rainy foggy snowy stormy warm cold frosty".split(),
+    "material": "wood glass iron paper stone wool cotton silver clay leather".split(),
+    "vehicle": "train bus boat bicycle car cart lorry tram ferry taxi".split(),
+    "manner": "slowly quickly quietly carefully happily gently suddenly proudly".split(),
+    "direction": "north south east west".split(),
+    "n": [str(n) for n in range(2, 10)],
+    "age": [str(n) for n in range(6, 15)],
+    "oldage": [str(n) for n in range(31, 90)],
+    "hour": [str(n) for n in range(1, 12)],
+    "minute": [str(n) for n in range(10, 60, 5)],
+    "price": [str(n) for n in range(2, 60)],
+    "grams": [str(n) for n in range(50, 650, 50)],
+    "hundred": [str(n) for n in range(110, 990, 10)],
+    "year": [str(n) for n in range(1820, 2010)],
+    "date": [str(n) for n in range(1, 29)],
+    "number": "two three four five six seven eight nine ten twelve".split(),
+    "ordinal": "first second third fourth fifth sixth".split(),
+    "item": (
+        "item order user file word line record price score point message task event page player "
+        "student city sensor row token"
+    ).split(),
+    "field": (
+        "name size count colour weight owner status title length height level group label rank "
+        "speed total"
+    ).split(),
+    "module": "shop garden library school station kitchen report weather game bank zoo".split(),
+    "quality": "long short new valid heavy cheap empty public active ready".split(),
+    "lost": (
+        "<he> had left it in the <room>|the wind had carried it away|<a_animal> had taken it|"
+        "it had fallen behind the <look2> <thing3>|<name2> had borrowed it|"
+        "it was still at the <place2>"
+    ).split("|"),
+    "event": (
+        "<He> met <a_job> who was carrying <a_colour3> <thing4>.|It began to rain, so <he> waited "
+        "in the <place3>.|A <size3> dog barked at <him>, but <he> was not afraid.|<He> stopped to "
+        "eat <a_fruit> and drink some <drink>.|On the way <he> counted <number3> <animal3_s> in a "
+        "field.|The bell of the church rang <number4> times.|<He> saw <a_animal2> sleeping under "
+        "<a_tree2> tree.|The road was long, and <his> feet were soon tired.|<A_kind3> woman asked "
+        "<him> the way to the <place4>.|<He> sang a song about the <land3>.|A <vehicle3> went by "
+        "with a loud noise.|<He> found a coin and put it into <his> pocket."
+    ).split("|"),
+    "ending": (
+        "That night <name> slept well.|<Name> never forgot that day.|From then on they were "
+        "friends.|And <he> told the story for many years.|When <he> came home, the <food> was "
+        "still warm.|After that, <he> was always careful.|Everyone in <town> heard about it.|"
+        "<His> <relation> laughed and gave <him> a hug.|It was the best day of the <season>."
+    ).split("|"),
+    "remark": (
+        "The people there are <kind4>.|In <season4> it is often <weather4>.|Every <day4> there is a "
+        "concert near the <place4>.|Many visitors come by <vehicle4>.|The oldest <tree4> tree is "
+        "<hundred4> years old.|Its <food4> is known in the whole country.|Children like to play by "
+        "the <land4>.|On the main street <a_job4> sells <colour4> <thing4_s>."
+    ).split("|"),
+    "opinion": (
+        "It was worth every penny.|I would not buy it again.|My <relation4> liked it even more than "
+        "I did.|I can recommend it to everyone.|It was good, but a little too expensive.|We will "
+        "come back next <season4>.|I expected more."
+    ).split("|"),
+    "chore": (
+        "wash the dishes|feed the <pet>|water the <flower_s>|sweep the <room>|buy some <food4>|"
+        "repair the <thing4>|write to <name4>|paint the <room4>|bring back the <thing5>|"
+        "clean the windows|bake some bread|call the <job4>"
+    ).split("|"),
+}  # fmt: skip
+
+_IRREGULAR = {
+    "mouse": "mice", "goose": "geese", "knife": "knives", "fish": "fish", "wolf": "wolves",
+    "scarf": "scarves",
+}  # fmt: skip
+_CHOICE = re.compile(r"\[([^\[\]]*\|[^\[\]]*)\]")
+_MARK = re.compile(r"<(?:(n\d?)\+(n\d?)|([aA]_)?([A-Za-z][a-z]*)(\d?)(_s)?)>")
+
+
+class Draw:
+    """A stream of random choices that depends on its key alone, on every machine."""
+
+    def __init__(self, key: str) -> None:
+        self.random = random.Random(key).random
+
+    def between(self, low: int, high: int) -> int:
+        """A whole number from low to high, both included."""
+        return low + int(self.random() * (high - low + 1))
+
+    def chance(self, probability: float) -> bool:
+        """True with this probability."""
+        return self.random() < probability
+
+    def pick(self, items: Sequence[T]) -> T:
+        """One of the items."""
+        return items[int(self.random() * len(items))]
+
+    def sample(self, items: Sequence[T], count: int) -> list[T]:
+        """`count` different items, in random order."""
+        rest = list(items)
+        return [rest.pop(int(self.random() * len(rest))) for _ in range(count)]
+
+    def fill(self, template: str, **facts: object) -> str:
+        """The template with its marks replaced; `facts` are words that are already settled."""
+        return _Page(self, {key: str(value) for key, value in facts.items()}).fill(template)
+
+
+class _Page:
+    """The memory of one document: which word stands for which mark."""
+
+    def __init__(self, draw: Draw, words: dict[str, str]) -> None:
+        self.draw = draw
+        self.words = words
+        self.drawn: dict[str, str] = {}  # as in the word lists, marks not yet replaced
+
+    def fill(self, template: str) -> str:
+        if "[" in template:
+            template = _CHOICE.sub(self._choose, template)
+        return _MARK.sub(self._replace, template)
+
+    def _choose(self, match: re.Match[str]) -> str:
+        return self.draw.pick(match[1].split("|"))
+
+    def _replace(self, match: re.Match[str]) -> str:
+        left, right, article, category, slot, plural_mark = match.groups()
+        if left:
+            return str(int(self.word("n", left[1:])) + int(self.word("n", right[1:])))
+        text = self.word(category.lower(), slot)
+        if plural_mark:
+            text = plural(text)
+        if article:
+            text = with_article(text)
+        if category[0].isupper() or article == "A_":
+            text = text[0].upper() + text[1:]
+        return text
+
+    def word(self, category: str, slot: str) -> str:
+        """The remembered word, or a new one that no other slot of its category has."""
+        key = category + slot
+        if key not in self.words:
+            if category in PRONOUNS:
+                self.words[key] = PRONOUNS[category][self.word("name", slot) in BOYS]
+            else:
+                self.drawn[key] = word = self._new_word(category)
+                self.words[key] = self.fill(word) if "<" in word else word
+        return self.words[key]
+
+    def _new_word(self, category: str) -> str:
+        taken = {word for key, word in self.drawn.items() if key.startswith(category)}
+        while (word := self.draw.pick(WORDS[category])) in taken:
+            pass
+        return word
+
+
+def with_article(noun: str) -> str:
+    """The noun with `a` or `an`, by its first letter (the word lists have no exceptions)."""
+    return ("an " if noun[0].lower() in "aeiou" else "a ") + noun
+
+
+def plural(noun: str) -> str:
+    """The plural of a noun of the word lists."""
+    if noun in _IRREGULAR:
+        return _IRREGULAR[noun]
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return noun[:-1] + "ies"
+    if noun.endswith(("s", "x", "ch", "sh")):
+        return noun + "es"
+    return noun + ("es" if noun in ("potato", "tomato", "mango") else "s")

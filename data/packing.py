@@ -1,0 +1,177 @@
+"""Documents to rows: the `Batch` that every stage's model sees, and the packer that fills it.
+
+    piece  piece      piece ...
+    [BOS a b EOS][BOS c d e | f g EOS][BOS ...      cut where a row ends; nothing is padded
+    row 0: T tokens          row 1: T tokens
+
+A piece cut by the end of a row goes on in the next row as a document of its own: positions restart
+and attention does not look back. Its last token before the cut still learns to predict the token
+after it, because targets travel with the pieces: packing loses no target, and no target ever
+crosses from one document to the next.
+
+`cu_seqlens` has a fixed length so that a compiled step and its kernels see one shape. A row that
+holds `max_documents` pieces is closed early; its tail is padding, a document of its own in which
+nothing is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+
+IGNORE = -100
+
+
+@dataclass
+class Batch:
+    """One micro-batch of packed rows.
+
+    Attributes:
+        tokens: (B, T) int64.
+        targets: (B, T) int64, the token to predict at each place, -100 where nothing is learned.
+        positions: (B, T) int64, restarting at each document.
+        cu_seqlens: (B * (max_documents + 1) + 1,) int32, where documents begin and end in the B * T
+            tokens; documents do not cross rows; unused entries repeat the end.
+        max_seqlen: T.
+        weight: denominator of the loss; here the number of targets.
+        attended_pairs: (query, key) pairs that the causal document mask leaves, for counting FLOPs.
+    """
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    weight: float
+    attended_pairs: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`; a copy to a GPU does not block the host."""
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                if device.type == "cuda" and value.device.type == "cpu":
+                    value = value.pin_memory()
+                moved[field.name] = value.to(device, non_blocking=True)
+        return replace(self, **moved)
+
+
+@dataclass
+class Piece:
+    """Consecutive tokens of one document and the token each is to predict, both (n,) int64."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def split(self, at: int) -> tuple[Piece, Piece]:
+        return (
+            Piece(self.tokens[:at], self.targets[:at]),
+            Piece(self.tokens[at:], self.targets[at:]),
+        )
+
+
+Row = list[Piece]
+
+
+def cut_document(document: np.ndarray, start: int, most: int) -> Piece:
+    """The piece of at most `most` tokens that begins at `start`.
+
+    Each token's target is the next token of the document, also past the end of the piece; the
+    document's last token has none.
+    """
+    end = min(start + most, len(document))
+    tokens = document[start:end].astype(np.int64)
+    targets = np.full(end - start, IGNORE, dtype=np.int64)
+    following = document[start + 1 : end + 1]
+    targets[: len(following)] = following
+    return Piece(tokens, targets)
+
+
+class RowPacker:
+    """Fills rows of `seq_len` tokens from an endless stream of pieces.
+
+    Args:
+        max_documents: pieces a row may hold before it is closed early.
+    """
+
+    def __init__(self, seq_len: int, max_documents: int) -> None:
+        self.seq_len = seq_len
+        self.max_documents = max_documents
+        self.open: Piece | None = None  # what the last row had no room for
+
+    def next_row(self, pieces: Iterator[Piece]) -> Row:
+        """The next row; takes from `pieces` only what it needs. Shorter only where they end."""
+        row, room = [], self.seq_len
+        while room > 0 and len(row) < self.max_documents:
+            piece, self.open = self.open or next(pieces, None), None
+            if piece is None:
+                break
+            if len(piece) > room:
+                piece, self.open = piece.split(room)
+            row.append(piece)
+            room -= len(piece)
+        return row
+
+    def state_dict(self) -> dict:
+        if self.open is None:
+            return {"open": None}
+        tokens, targets = map(torch.from_numpy, (self.open.tokens, self.open.targets))
+        return {"open": {"tokens": tokens, "targets": targets}}
+
+    def load_state_dict(self, state: dict) -> None:
+        opened = state["open"]
+        self.open = opened and Piece(opened["tokens"].numpy(), opened["targets"].numpy())
+
+
+def pack_rows(documents: Iterable[np.ndarray], seq_len: int, max_documents: int) -> list[Row]:
+    """A finite list of documents as rows; the last one may be short."""
+    pieces = (
+        cut_document(document, start, seq_len)
+        for document in documents
+        for start in range(0, len(document), seq_len)
+    )
+    packer, rows = RowPacker(seq_len, max_documents), []
+    while row := packer.next_row(pieces):
+        rows.append(row)
+    return rows
+
+
+def make_batch(rows: list[Row], seq_len: int, max_documents: int) -> Batch:
+    """Rows as tensors; room that a row left free is padding."""
+    shape = (len(rows), seq_len)
+    tokens = np.zeros(shape, dtype=np.int64)
+    targets = np.full(shape, IGNORE, dtype=np.int64)
+    positions = np.zeros(shape, dtype=np.int64)
+    ends, pairs = [], 0
+    for r, row in enumerate(rows):
+        at = 0
+        for piece in row:
+            span = slice(at, at + len(piece))
+            tokens[r, span], targets[r, span] = piece.tokens, piece.targets
+            positions[r, span] = np.arange(len(piece))
+            at += len(piece)
+            ends.append(r * seq_len + at)
+            pairs += len(piece) * (len(piece) + 1) // 2
+        if at < seq_len:
+            positions[r, at:] = np.arange(seq_len - at)
+            ends.append((r + 1) * seq_len)
+    # One entry more a row than pieces, for the padding.
+    cu_seqlens = np.full(len(rows) * (max_documents + 1) + 1, len(rows) * seq_len, dtype=np.int32)
+    cu_seqlens[0] = 0
+    cu_seqlens[1 : len(ends) + 1] = ends
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        targets=torch.from_numpy(targets),
+        positions=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        max_seqlen=seq_len,
+        weight=float((targets != IGNORE).sum()),
+        attended_pairs=pairs,
+    )

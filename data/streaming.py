@@ -1,0 +1,255 @@
+"""The pretraining loader: sources -> shards -> mixture -> packing, with exact state.
+
+    ShardStore --> SourceStream --\
+    ShardStore --> SourceStream ---> Mixture --> RowPacker --> [Batch, Batch, ...] of one step
+    ShardStore --> SourceStream --/
+
+Everything is a function of the seed and of small counters, so the state of the loader is, for each
+source, (epoch, place in the epoch's order of shards, document, offset), the token counts of the
+mixture, and the piece that the last row had no room for. Loading it reads one shard per source.
+
+Shards are permuted in every epoch, and documents within their shard. Rows belong to steps, not to
+processes: each rank builds all rows of a step and keeps its own, so the batches are the same for
+any number of ranks.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from itertools import zip_longest
+
+import numpy as np
+
+from data.mixture import Mixture
+from data.packing import Batch, Piece, RowPacker, cut_document, make_batch, pack_rows
+from data.shards import Documents, ShardStore
+from data.sources import SourceConfig, sample_texts
+from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
+from utils.config import Config, ConfigError, Problem
+from utils.seed import derive, shuffle_order
+
+
+class DataConfig(Config):
+    """Where the tokens come from and how they are packed."""
+
+    sources: list[SourceConfig]
+    cache_dir: str = "cache"
+    """Token shards and trained tokenizers; may be deleted, is then made again."""
+    seq_len: int = 2_048
+    """Tokens per row (T)."""
+    max_documents_per_row: int = 32
+    """A row with this many documents is closed early: cu_seqlens has a fixed length."""
+    shard_megabytes: float = 8.0
+    """Text per token shard; also the window within which documents are shuffled."""
+    held_out_fraction: float = 0.005
+    """Share of the documents, by content hash, never trained on."""
+    held_out_tokens: int = 200_000
+    """At most so many held-out tokens per domain are used at an evaluation."""
+
+    def problems(self) -> Iterator[Problem]:
+        names = [s.name for s in self.sources]
+        if not names:
+            yield Problem(("sources",), "sources is empty: name at least one source of documents")
+        for name in sorted({n for n in names if names.count(n) > 1}):
+            yield Problem(("sources",), f"sources: the name '{name}' is used twice")
+        for key in ("seq_len", "max_documents_per_row", "shard_megabytes", "held_out_tokens"):
+            if getattr(self, key) <= 0:
+                yield Problem((key,), f"{key} ({getattr(self, key)}) must be above 0")
+        if not 0 < self.held_out_fraction < 0.5:
+            yield Problem(
+                ("held_out_fraction",),
+                f"held_out_fraction ({self.held_out_fraction}) must be between 0 and 0.5",
+            )
+
+
+class SourceStream:
+    """An endless stream of one source's pieces, epoch after epoch.
+
+    Args:
+        seed: decides the order of shards and documents, together with source name and epoch.
+        longest: documents are cut into pieces of at most this many tokens.
+    """
+
+    def __init__(self, store: ShardStore, seed: int, longest: int) -> None:
+        self.store = store
+        self.seed = seed
+        self.longest = longest
+        self.epoch = self.shard = self.document = self.offset = 0
+        self._loaded: tuple[int, int] | None = None  # (epoch, shard) that is in memory
+        self._documents: Documents
+        self._order: np.ndarray
+
+    def peek(self) -> int:
+        """Length in tokens of the next piece."""
+        return min(len(self._current()) - self.offset, self.longest)
+
+    def next_piece(self) -> Piece:
+        document = self._current()
+        piece = cut_document(document, self.offset, self.longest)
+        self.offset += len(piece)
+        if self.offset == len(document):
+            self.document, self.offset = self.document + 1, 0
+        return piece
+
+    def _current(self) -> np.ndarray:
+        """The document the next piece comes from, loading its shard when it is another."""
+        self._load()
+        while self.document >= len(self._documents):
+            self.shard, self.document = self.shard + 1, 0
+            if self.shard == len(self.store.shards):
+                self.epoch, self.shard = self.epoch + 1, 0
+            self._load()
+        return self._documents[self._order[self.document]]
+
+    def _load(self) -> None:
+        if self._loaded == (self.epoch, self.shard):
+            return
+        key = derive(self.seed, self.store.source.name, self.epoch)
+        index = int(shuffle_order(len(self.store.shards), key)[self.shard])
+        self._documents = self.store.read(index)
+        self._order = shuffle_order(len(self._documents), derive(key, index))
+        self._loaded = (self.epoch, self.shard)
+
+    def state_dict(self) -> dict:
+        keys = ("epoch", "shard", "document", "offset")
+        return {key: getattr(self, key) for key in keys}
+
+    def load_state_dict(self, state: dict) -> None:
+        for key, value in state.items():
+            setattr(self, key, value)
+
+
+class PretrainLoader:
+    """Yields, for each optimizer step, this rank's list of micro-batches.
+
+    Args:
+        rows_per_step: rows of all micro-batches and ranks together.
+        micro_batch: rows per micro-batch of one rank.
+    """
+
+    def __init__(
+        self,
+        stores: list[ShardStore],
+        config: DataConfig,
+        seed: int,
+        rows_per_step: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.streams = [SourceStream(s, seed, config.seq_len) for s in stores]
+        self.mixture = Mixture([s.source.weight for s in stores], config.seq_len)
+        self.packer = RowPacker(config.seq_len, config.max_documents_per_row)
+        self.config = config
+        self.rows_per_step = rows_per_step
+        self.micro_batch = micro_batch
+        self.rank = rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        pieces = iter(self._next_piece, None)
+        rows = [self.packer.next_row(pieces) for _ in range(self.rows_per_step)]
+        mine = range(
+            self.rank * self.micro_batch, len(rows), self.world_size * self.micro_batch
+        )
+        return [self._batch(rows[start : start + self.micro_batch]) for start in mine]
+
+    def _batch(self, rows: list[list[Piece]]) -> Batch:
+        return make_batch(rows, self.config.seq_len, self.config.max_documents_per_row)
+
+    def _next_piece(self) -> Piece:
+        source = self.mixture.choose([stream.peek() for stream in self.streams])
+        return self.streams[source].next_piece()
+
+    def state_dict(self) -> dict:
+        return {
+            "sources": {s.store.source.name: s.state_dict() for s in self.streams},
+            "mixture": self.mixture.state_dict(),
+            "packer": self.packer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        for stream in self.streams:
+            stream.load_state_dict(state["sources"][stream.store.source.name])
+        self.mixture.load_state_dict(state["mixture"])
+        self.packer.load_state_dict(state["packer"])
+
+
+class Prefetcher:
+    """Reads ahead in a thread; its state is that of what it has handed out, not of what it read.
+
+    Errors of the loader are raised where its result would have been.
+    """
+
+    def __init__(self, loader: PretrainLoader, depth: int = 2) -> None:
+        self.loader = loader
+        self.depth = depth
+        self._state = loader.state_dict()
+        self._queue: queue.Queue | None = None
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        if self._queue is None:
+            self._queue = queue.Queue(self.depth)
+            threading.Thread(target=self._read_ahead, daemon=True).start()
+        item, self._state = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def _read_ahead(self) -> None:
+        try:
+            while True:
+                self._queue.put((next(self.loader), self.loader.state_dict()))
+        except BaseException as error:
+            self._queue.put((error, self._state))
+
+    def state_dict(self) -> dict:
+        return self._state
+
+    def load_state_dict(self, state: dict) -> None:
+        """Only before the first batch is taken."""
+        self.loader.load_state_dict(state)
+        self._state = state
+
+
+def make_tokenizer(config: TokenizerConfig, sources: list[SourceConfig]) -> Tokenizer:
+    """The configured tokenizer; a trained one sees all sources in turn, one document each."""
+    if config.path != "trained":
+        return load_tokenizer(config)
+    turns = zip_longest(*map(sample_texts, sources), fillvalue="")
+    return train_tokenizer((text for turn in turns for text in turn), config)
+
+
+def held_out_batches(
+    stores: list[ShardStore], config: DataConfig, micro_batch: int
+) -> dict[str, list[Batch]]:
+    """The held-out documents of each domain as batches; the last one is filled with empty rows.
+
+    Raises:
+        ConfigError: a domain has none.
+    """
+    batches = {}
+    for domain in dict.fromkeys(s.source.domain for s in stores):
+        members = [s for s in stores if s.source.domain == domain]
+        share = config.held_out_tokens // len(members)
+        documents = [d for s in members for d in s.held_out(share)]
+        if not documents:
+            raise ConfigError(
+                f"data.held_out_fraction ({config.held_out_fraction}) leaves no held-out document "
+                f"in domain '{domain}'; raise it"
+            )
+        rows = pack_rows(documents, config.seq_len, config.max_documents_per_row)
+        rows += [[] for _ in range(-len(rows) % micro_batch)]
+        batches[domain] = [
+            make_batch(rows[i : i + micro_batch], config.seq_len, config.max_documents_per_row)
+            for i in range(0, len(rows), micro_batch)
+        ]
+    return batches

@@ -1,0 +1,243 @@
+"""What the four stage scripts do alike: devices, the plan, the run directory, resume, hand-over.
+
+Plain functions in the order in which a script calls them. What differs between stages (data, loss,
+measures) stays in the scripts.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import torch
+
+from models.attention import choose_kernel
+from models.config import ModelConfig
+from models.transformer import Transformer
+from train.loop import LoopConfig, Training
+from utils import checkpoint, cost_tracker, distributed, seed
+from utils.checkpoint import CheckpointError, Checkpointer
+from utils.config import CommandLine, Config, ConfigError, Problem, check_resume, plain
+from utils.cost_tracker import CostConfig, CostTracker
+from utils.distributed import Distributed
+from utils.logging import RunDirectory, get_logger, human_count, human_time
+
+# A resumed run may differ in these: they change speed, place or bookkeeping, not what is learned.
+RESUME_MAY_CHANGE = (
+    "train.micro_batch", "train.log_every", "train.eval_every", "train.save_every",
+    "train.save_every_hours", "train.keep_checkpoints", "runtime", "cost", "runs_dir",
+    "data.cache_dir",
+)  # fmt: skip
+# A run branched off another's checkpoint may also change where it goes from there.
+BRANCH_MAY_CHANGE = (*RESUME_MAY_CHANGE, "name", "schedule", "optim", "train.steps", "train.tokens")
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class RuntimeConfig(Config):
+    """How a run uses its machine; nothing here changes what is learned beyond rounding."""
+
+    precision: str = "auto"
+    """Activations and matrix products: bf16, fp32, or auto (bf16 on CUDA, fp32 on a CPU)."""
+    attention: str = "auto"
+    """fa4, fa2, varlen, flex, dense, or auto: the fastest that runs here."""
+    compile: bool | None = None
+    """torch.compile the model; null: on CUDA."""
+    deterministic: bool = False
+    """Bit-identical reruns on the same machine; slower."""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.precision not in ("auto", *PRECISIONS):
+            yield Problem(
+                ("precision",), f"precision ('{self.precision}') is none of auto, bf16, fp32"
+            )
+
+
+class TrainConfig(LoopConfig):
+    """The size of a step, the length of training, and the loop's own settings."""
+
+    batch_tokens: int
+    """Tokens per optimizer step, over all micro-batches and GPUs."""
+    micro_batch: int
+    """Rows that one GPU processes at once; lower it when out of memory, the result is the same."""
+    steps: int | None = None
+    """Length of training in steps; give this or `tokens`."""
+    tokens: int | None = None
+    """Length of training in tokens, rounded up to whole steps."""
+    z_loss: float = 0.0
+    """Weight of the squared log-normaliser (PaLM's auxiliary loss; 1e-4 there); 0: off."""
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        for key in ("batch_tokens", "micro_batch", "steps", "tokens"):
+            value = getattr(self, key)
+            if value is not None and value <= 0:
+                yield Problem((key,), f"{key} ({value:,}) must be above 0")
+        if (self.steps is None) == (self.tokens is None):
+            yield Problem(("steps", "tokens"), "give the length as steps or as tokens, one of them")
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps or math.ceil(self.tokens / self.batch_tokens)
+
+
+def shape_problems(train: TrainConfig, seq_len: int, model: ModelConfig) -> Iterator[Problem]:
+    """The rules that tie batch, rows, GPUs and model together; the same for every stage."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    unit = train.micro_batch * seq_len * world_size
+    if unit > 0 and train.batch_tokens % unit:
+        nearest = max(1, round(train.batch_tokens / unit)) * unit
+        yield Problem(
+            ("train.batch_tokens", "train.micro_batch", "data.seq_len"),
+            f"train.batch_tokens ({train.batch_tokens:,}) must be a multiple of micro_batch "
+            f"({train.micro_batch}) x seq_len ({seq_len:,}) x world_size ({world_size}) = "
+            f"{unit:,}; nearest: {nearest:,}",
+        )
+    if seq_len > model.max_seq_len:
+        yield Problem(
+            ("data.seq_len", "model.max_seq_len"),
+            f"data.seq_len ({seq_len:,}) must not exceed model.max_seq_len ({model.max_seq_len:,})",
+        )
+
+
+def print_plan(config: Config, seq_len: int) -> None:
+    """What `--dry-run` shows: the run's size, memory, time and cost, without network or data."""
+    model, train = config.model, config.train
+    tokens = train.total_steps * train.batch_tokens
+    flops = model.flops_per_token(seq_len) * tokens
+    memory = model.memory_gib(train.micro_batch, seq_len)
+    device = cost_tracker.find_device(config.cost.device or cost_tracker.PROJECTION_DEVICE)
+    projected = cost_tracker.projection(config.cost, flops, device)
+    parts = " + ".join(f"{part} {gib:.1f}" for part, gib in memory.items() if part != "total")
+    rows = {
+        "parameters": f"{model.n_params:,}",
+        "tokens per step": f"{train.batch_tokens:,}",
+        "micro-batch": f"{train.micro_batch} rows of {seq_len:,}",
+        "steps": f"{train.total_steps:,}",
+        "tokens": f"{tokens:,} ({tokens / model.n_params:.1f} per parameter)",
+        "FLOPs per token": f"{model.flops_per_token(seq_len):,} (rows of one document)",
+        "memory": f"{memory['total']:.1f} GiB, estimated: {parts}",
+        "time, projected": f"{human_time(projected.hours * 3600)} on {projected.assumption}",
+        "cost, projected": f"${projected.dollars:,.2f}",
+    }
+    width = max(map(len, rows))
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))
+
+
+def start_devices(runtime: RuntimeConfig, run_seed: int) -> Distributed:
+    """Process group, device, seeds and determinism."""
+    if runtime.deterministic:
+        seed.set_deterministic(True)
+    dist = distributed.setup()
+    seed.seed_everything(run_seed)
+    torch.set_float32_matmul_precision("high" if not runtime.deterministic else "highest")
+    return dist
+
+
+def build_model(config: ModelConfig, runtime: RuntimeConfig, dist: Distributed) -> Transformer:
+    """The model on its device, its attention kernel chosen and said."""
+    on_gpu = dist.device.type == "cuda"
+    name = runtime.precision if runtime.precision != "auto" else ("bf16" if on_gpu else "fp32")
+    dtype = PRECISIONS[name]
+    kernel, reason = choose_kernel(runtime.attention, dist.device, dtype, config.head_dim)
+    model = Transformer(config, dtype=dtype, kernel=kernel).to(dist.device)
+    if runtime.compile if runtime.compile is not None else on_gpu:
+        model.compile_blocks()
+    get_logger().info(
+        f"model: {config.n_params:,} parameters, {name}, on {dist.device}; "
+        f"attention: {kernel} ({reason})"
+    )
+    return model
+
+
+def open_run(
+    args: CommandLine, config: Config, stage: str, dist: Distributed
+) -> tuple[RunDirectory, Checkpointer, dict | None]:
+    """The run directory, its checkpoints, and the state to go on from, if any.
+
+    Raises:
+        ConfigError: the directory holds a run and `--resume` is absent, the checkpoint does not
+            fit, or the config has changed in a way that a resumed run may not.
+    """
+    run = RunDirectory(config.runs_dir, config.name)
+    values, state = plain(config), None
+    if args.resume_from:
+        state = checkpoint.load(args.resume_from)
+        _check_state(state, stage, values, BRANCH_MAY_CHANGE, args.resume_from)
+    checkpointer = Checkpointer(run.checkpoints, config.train.keep_checkpoints)
+    found = checkpointer.latest() if args.resume else None
+    if found is not None:
+        path, state = found
+        _check_state(state, stage, values, RESUME_MAY_CHANGE, path)
+        get_logger().info(f"resuming from {path}, step {state['step']:,}")
+    elif args.resume:
+        get_logger().info(f"--resume: no checkpoint in {run.checkpoints}; starting afresh")
+    if dist.is_main:
+        run.prepare(args.resume, values)
+    dist.barrier()
+    return run, checkpointer, state
+
+
+def _check_state(
+    state: dict, stage: str, values: dict, may_change: Collection[str], path: str | Path
+) -> None:
+    if state["stage"] != stage:
+        raise CheckpointError(
+            f"{path} is a checkpoint of stage '{state['stage']}', not '{stage}'; "
+            f"give one made by train_{stage}.py"
+        )
+    if "optimizer" not in state:
+        raise CheckpointError(
+            f"{path} holds weights only and cannot be resumed; "
+            "give a step_*.pt file from the run's checkpoints folder"
+        )
+    check_resume(state["config"], values, may_change)
+
+
+def restore(training: Training, args: CommandLine, state: dict | None, decay_now: bool) -> None:
+    """Put a checkpoint's state into a freshly built training; `--resume-from` may branch a decay."""
+    if state is None:
+        return
+    training.load_state_dict(state)
+    if args.resume_from:
+        training.evaluated_at = -1
+        if decay_now:
+            training.schedule.branch(training.step)
+        get_logger().info(
+            f"branching off {args.resume_from} at step {training.step:,}, "
+            f"to end at step {training.schedule.total_steps:,}"
+        )
+
+
+def make_cost_tracker(config: Config, dist: Distributed) -> CostTracker:
+    """Dollars, tokens per dollar and MFU of this machine, as far as they are known."""
+    name = torch.cuda.get_device_name() if dist.device.type == "cuda" else "cpu"
+    tokens = config.train.total_steps * config.train.batch_tokens
+    return CostTracker.for_device(config.cost, name, tokens, dist.world_size)
+
+
+def finish(
+    training: Training,
+    args: CommandLine,
+    run: RunDirectory,
+    checkpointer: Checkpointer,
+    dist: Distributed,
+    done: bool,
+) -> None:
+    """Write the final checkpoint, or say how to go on; then leave the process group."""
+    checkpointer.close()
+    if dist.is_main:
+        say = get_logger().info
+        if done:
+            checkpoint.save(run.final, training.weights())
+            say(f"done: {run.final} ({human_count(training.tokens)} tokens)")
+            say(f"metrics: {run.metrics}")
+            say(f'try it: python inference.py --checkpoint {run.final} --prompt "Once upon a time"')
+        else:
+            overrides = "".join(f" {o}" for o in args.overrides)
+            say(f"stopped at step {training.step:,}; everything is saved. To go on:")
+            say(f"  python {Path(sys.argv[0]).name} --config {args.config}{overrides} --resume")
+    dist.close()

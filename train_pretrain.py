@@ -1,0 +1,180 @@
+"""Pretrain a language model from text.
+
+    python train_pretrain.py --config configs/demo/pretrain.yaml              # CPU, three minutes
+    python train_pretrain.py --config configs/pretrain_160m.yaml --dry-run    # what it would cost
+    python train_pretrain.py --config configs/pretrain_160m.yaml              # start
+    python train_pretrain.py --config configs/pretrain_160m.yaml --resume     # go on after a stop
+    torchrun --nproc_per_node 2 train_pretrain.py --config configs/pretrain_160m.yaml
+
+Any key of the config can be given as key=value: optim.lr=1e-3 train.micro_batch=48.
+
+Decay off any checkpoint of the stable phase, into a run of its own:
+
+    python train_pretrain.py --config configs/pretrain_160m.yaml name=pretrain_160m_3k \\
+        --resume-from runs/pretrain_160m/checkpoints/step_00003000.pt schedule.decay_now=true
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from data.shards import ShardStore
+from data.streaming import (
+    DataConfig,
+    Prefetcher,
+    PretrainLoader,
+    held_out_batches,
+    make_tokenizer,
+)
+from data.tokenizer import Tokenizer, TokenizerConfig
+from models.config import ModelConfig
+from optim.optimizer import OptimConfig, make_optimizer
+from optim.scheduler import Schedule, ScheduleConfig
+from train import setup
+from train.evals import held_out_loss
+from train.loop import Training, fit
+from train.loss import cross_entropy_loss
+from train.setup import RuntimeConfig, TrainConfig
+from utils.config import (
+    Config,
+    ConfigError,
+    Problem,
+    load_config,
+    parse_command_line,
+    plain,
+    run_script,
+)
+from utils.cost_tracker import CostConfig
+from utils.distributed import Distributed
+from utils.logging import MetricsLog
+
+STAGE = "pretrain"
+
+
+class PretrainConfig(Config):
+    """One pretraining run; each section is documented where it is used."""
+
+    name: str
+    """The run's folder under `runs_dir`, and the name of its final checkpoint."""
+    runs_dir: str = "runs"
+    seed: int = 0
+    model: ModelConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    runtime: RuntimeConfig = RuntimeConfig()
+    cost: CostConfig = CostConfig()
+
+    def problems(self) -> Iterator[Problem]:
+        yield from setup.shape_problems(self.train, self.data.seq_len, self.model)
+
+
+def main(argv: list[str]) -> None:
+    args = parse_command_line(__doc__, argv=argv)
+    config = load_config(PretrainConfig, args.config, args.overrides)
+    if args.dry_run:
+        setup.print_plan(config, config.data.seq_len)
+        return
+
+    dist = setup.start_devices(config.runtime, config.seed)
+    run, checkpointer, state = setup.open_run(args, config, STAGE, dist)
+
+    tokenizer = load_or_make_tokenizer(config, state)
+    stores = prepare_shards(config.data, tokenizer, dist)
+    loader = PretrainLoader(
+        stores,
+        config.data,
+        config.seed,
+        rows_per_step=config.train.batch_tokens // config.data.seq_len,
+        micro_batch=config.train.micro_batch,
+        rank=dist.rank,
+        world_size=dist.world_size,
+    )
+    held_out = held_out_batches(stores, config.data, config.train.micro_batch)
+
+    model = setup.build_model(config.model, config.runtime, dist)
+    optimizer = make_optimizer(model.named_parameters(), config.optim)
+    schedule = Schedule(config.schedule, config.train.total_steps)
+    training = Training(
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        loader=Prefetcher(loader),
+        cost=setup.make_cost_tracker(config, dist),
+        identity={
+            "stage": STAGE,
+            "model_config": plain(config.model),
+            "tokenizer": tokenizer.state_dict(),
+            "chat_template": None,
+            "config": plain(config),
+        },
+    )
+    setup.restore(training, args, state, config.schedule.decay_now)
+
+    evaluate = partial(
+        held_out_loss, model, held_out, domain_shares(config.data), cross_entropy_loss, dist
+    )
+    metrics = MetricsLog(run.metrics)
+    metrics.cut_back(training.step)
+    done = fit(
+        training,
+        partial(cross_entropy_loss, z_loss=config.train.z_loss),
+        config.train,
+        checkpointer,
+        metrics,
+        dist,
+        evaluate,
+    )
+    setup.finish(training, args, run, checkpointer, dist, done)
+
+
+def load_or_make_tokenizer(config: PretrainConfig, state: dict | None) -> Tokenizer:
+    """A resumed run's own tokenizer, else the configured one.
+
+    Raises:
+        ConfigError: its vocabulary does not fit the model's embedding.
+    """
+    if state is not None:
+        tokenizer = Tokenizer.from_state(state["tokenizer"])
+    else:
+        tokenizer = make_tokenizer(config.tokenizer, config.data.sources)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens, more than model.vocab_size "
+            f"({config.model.vocab_size:,}): raise model.vocab_size or choose another tokenizer"
+        )
+    return tokenizer
+
+
+def prepare_shards(data: DataConfig, tokenizer: Tokenizer, dist: Distributed) -> list[ShardStore]:
+    """The token shards of every source, made by the first process and read by all."""
+    stores = [
+        ShardStore(
+            source, tokenizer, data.cache_dir, data.shard_megabytes, data.held_out_fraction
+        )
+        for source in data.sources
+    ]
+    if dist.is_main:
+        for store in stores:
+            store.prepare()
+    dist.barrier()
+    if not dist.is_main:
+        for store in stores:
+            store.prepare()
+    return stores
+
+
+def domain_shares(data: DataConfig) -> dict[str, float]:
+    """Each domain's share of the training tokens."""
+    total = sum(s.weight for s in data.sources)
+    shares: dict[str, float] = {}
+    for source in data.sources:
+        shares[source.domain] = shares.get(source.domain, 0.0) + source.weight / total
+    return shares
+
+
+if __name__ == "__main__":
+    run_script(main)
