@@ -11,7 +11,8 @@ Any key of the config can be given as key=value: optim.lr=1e-3 train.micro_batch
 Decay off any checkpoint of the stable phase, into a run of its own:
 
     python train_pretrain.py --config configs/pretrain_160m.yaml name=pretrain_160m_3k \\
-        --resume-from runs/pretrain_160m/checkpoints/step_00003000.pt schedule.decay_now=true
+        --resume-from runs/pretrain_160m/checkpoints/step_00003000.pt \\
+        schedule.decay_now=true schedule.decay_steps=500
 """
 
 from __future__ import annotations

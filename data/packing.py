@@ -143,6 +143,39 @@ def pack_rows(documents: Iterable[np.ndarray], seq_len: int, max_documents: int)
     return rows
 
 
+def best_fit(lengths: Iterable[int], seq_len: int, max_documents: int) -> list[list[int]]:
+    """Which documents share a row, none of them cut: each goes where the least room is left over.
+
+    Best fit, in the order given (Johnson 1974): a document goes into the fullest row that still has
+    room for it, else into a new one. In shuffled order the rows mix long and short documents, which
+    best fit *decreasing* would not.
+
+    Args:
+        lengths: at most `seq_len` each.
+
+    Returns:
+        The documents' numbers in each row; rows in the order in which they were begun.
+    """
+    rows: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}  # room left -> open rows with that much
+    rooms = 0  # bit r is set where by_room[r] has a row
+    for document, length in enumerate(lengths):
+        if fitting := rooms >> length:
+            room = length + (fitting & -fitting).bit_length() - 1  # the lowest bit: least room
+            row = by_room[room].pop()
+            if not by_room[room]:
+                rooms -= 1 << room
+        else:
+            row, room = len(rows), seq_len
+            rows.append([])
+        rows[row].append(document)
+        room -= length
+        if room > 0 and len(rows[row]) < max_documents:
+            by_room.setdefault(room, []).append(row)
+            rooms |= 1 << room
+    return rows
+
+
 def make_batch(rows: list[Row], seq_len: int, max_documents: int) -> Batch:
     """Rows as tensors; room that a row left free is padding."""
     shape = (len(rows), seq_len)

@@ -105,6 +105,8 @@ class ShardStore:
         with _locked(self.directory / "lock"):
             complete = self._load_manifest()
             if not complete:
+                for leftover in self.directory.glob("*.tmp*"):
+                    leftover.unlink()
                 self._build_remaining()
                 self._write_held_out()
                 self._write_manifest(complete=True)

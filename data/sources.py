@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from data import builtin
 from utils.config import Config, ConfigError, Problem
@@ -26,6 +29,7 @@ EDGE_BYTES = 1 << 20
 PARQUET_BATCH_ROWS = 256
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 COMPRESSED = (".gz", ".zst")
+Record = dict[str, Any]
 
 
 class SourceConfig(Config):
@@ -62,6 +66,14 @@ class SourceFile:
         return Path(self.path).name
 
 
+@dataclass(frozen=True)
+class BrokenRow:
+    """A row that holds no record: why, in words that can be counted, and what is wrong exactly."""
+
+    reason: str
+    detail: str
+
+
 def list_files(source: SourceConfig) -> list[SourceFile]:
     """The files of a source in a fixed order.
 
@@ -96,9 +108,28 @@ def read_rows(source: SourceConfig, file: SourceFile, start_row: int = 0) -> Ite
         domain = file.path.removeprefix(BUILTIN_PREFIX)
         rows = range(start_row, builtin.N_DOCUMENTS[domain])
         return (builtin.document(domain, i) for i in rows)
+    if _kind(Path(file.path)) == ".txt":
+        return _read_txt(source, Path(file.path), start_row)
+    records = read_records(source.name, file, start_row, [source.text_field])
+    return (_text_of(source, file.path, row, r) for row, r in enumerate(records, start_row))
+
+
+def read_records(
+    name: str, file: SourceFile, start_row: int = 0, columns: list[str] | None = None
+) -> Iterator[Record | BrokenRow]:
+    """The whole rows of a jsonl, json or parquet file from `start_row` on.
+
+    Args:
+        name: the source's, for messages.
+        columns: all that is read of a parquet file; None: every column.
+
+    Raises:
+        ConfigError: unreadable file or missing column.
+    """
     path = Path(file.path)
-    readers = {".parquet": _read_parquet, ".txt": _read_txt}
-    return readers.get(_kind(path), _read_jsonl)(source, path, start_row)
+    if _kind(path) == ".parquet":
+        return _read_parquet(name, path, start_row, columns)
+    return _read_json(name, path, start_row)
 
 
 def sample_texts(source: SourceConfig) -> Iterator[str]:
@@ -124,56 +155,53 @@ def _revision(path: Path) -> str:
     return f"{size}-{digest.hexdigest()[:16]}"
 
 
-def _open(source: SourceConfig, path: Path) -> object:
+def _open(name: str, path: Path) -> object:
     import pyarrow as pa
 
     try:
         compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
         return pa.input_stream(str(path), compression=compression)
     except OSError as error:
-        raise ConfigError(f"source '{source.name}': cannot read {path}: {error}") from error
+        raise ConfigError(f"source '{name}': cannot read {path}: {error}") from error
 
 
-def _read_jsonl(source: SourceConfig, path: Path, start_row: int) -> Iterator[str]:
-    import io
-
-    with _open(source, path) as stream:
+def _read_json(name: str, path: Path, start_row: int) -> Iterator[Record | BrokenRow]:
+    """A record a line; or, in a file that begins with '[', one array of all records."""
+    with _open(name, path) as stream:
         lines = io.BufferedReader(stream, 1 << 20)
-        row = 0
-        for line in _decompressed(source, path, lines):
-            if not line.strip():
-                continue
-            if row >= start_row:
-                yield _text_of(source, path, row, _parse(source, path, row, line))
-            row += 1
+        try:
+            if _kind(path) == ".json" and lines.peek(1)[:1] == b"[":
+                yield from map(_checked, json.load(lines)[start_row:])
+                return
+            filled = (line for line in lines if line.strip())
+            yield from map(_parse, islice(filled, start_row, None))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"source '{name}': {path} is damaged ({error}); fetch it again"
+            ) from error
 
 
-def _decompressed(source: SourceConfig, path: Path, lines: Iterator[bytes]) -> Iterator[bytes]:
+def _parse(line: bytes) -> Record | BrokenRow:
     try:
-        yield from lines
-    except OSError as error:
-        raise ConfigError(
-            f"source '{source.name}': {path} is damaged ({error}); fetch it again"
-        ) from error
-
-
-def _parse(source: SourceConfig, path: Path, row: int, line: bytes) -> dict:
-    try:
-        value = json.loads(line)
+        return _checked(json.loads(line.decode()))
+    except UnicodeDecodeError as error:
+        return BrokenRow("broken UTF-8", str(error))
     except ValueError as error:
+        return BrokenRow("no valid JSON", str(error))
+
+
+def _checked(value: object) -> Record | BrokenRow:
+    if isinstance(value, dict):
+        return value
+    return BrokenRow(f"a {type(value).__name__}, not an object", json.dumps(value)[:60])
+
+
+def _text_of(source: SourceConfig, path: str, row: int, record: Record | BrokenRow) -> str:
+    if isinstance(record, BrokenRow):
         raise ConfigError(
-            f"source '{source.name}': {path}, row {row:,} is no valid JSON ({error}); "
-            "mend or remove the line"
-        ) from error
-    if not isinstance(value, dict):
-        raise ConfigError(
-            f"source '{source.name}': {path}, row {row:,} is a {type(value).__name__}, "
-            "not an object with fields"
+            f"source '{source.name}': {path}, row {row:,} is {record.reason} ({record.detail}); "
+            "mend or remove it"
         )
-    return value
-
-
-def _text_of(source: SourceConfig, path: Path, row: int, record: dict) -> str:
     if source.text_field not in record:
         raise ConfigError(
             f"source '{source.name}': {path}, row {row:,} has no field '{source.text_field}'; "
@@ -190,30 +218,37 @@ def _text_of(source: SourceConfig, path: Path, row: int, record: dict) -> str:
     return text
 
 
-def _read_parquet(source: SourceConfig, path: Path, start_row: int) -> Iterator[str]:
+def _read_parquet(
+    name: str, path: Path, start_row: int, columns: list[str] | None
+) -> Iterator[Record | BrokenRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as table:
-            if source.text_field not in table.schema_arrow.names:
-                raise ConfigError(
-                    f"source '{source.name}': {path} has no column '{source.text_field}'; it has "
-                    f"{', '.join(map(repr, table.schema_arrow.names))}. Set the source's text_field"
-                )
+            for column in columns or ():
+                if column not in table.schema_arrow.names:
+                    raise ConfigError(
+                        f"source '{name}': {path} has no column '{column}'; it has "
+                        f"{', '.join(map(repr, table.schema_arrow.names))}. "
+                        "Set the source's text_field"
+                    )
             groups, row = _row_groups_from(table, start_row)
-            for batch in table.iter_batches(
-                PARQUET_BATCH_ROWS, row_groups=groups, columns=[source.text_field]
-            ):
-                for value in batch.column(0):
-                    if row >= start_row:
-                        record = {source.text_field: value.as_py()}
-                        yield _text_of(source, path, row, record)
-                    row += 1
+            for batch in table.iter_batches(PARQUET_BATCH_ROWS, row_groups=groups, columns=columns):
+                for i in range(max(0, start_row - row), len(batch)):
+                    yield _parquet_record(batch, i)
+                row += len(batch)
     except (pa.ArrowInvalid, OSError) as error:
         raise ConfigError(
-            f"source '{source.name}': {path} is damaged ({error}); fetch it again"
+            f"source '{name}': {path} is damaged ({error}); fetch it again"
         ) from error
+
+
+def _parquet_record(batch: object, index: int) -> Record | BrokenRow:
+    try:
+        return {n: batch[n][index].as_py() for n in batch.schema.names}
+    except UnicodeDecodeError as error:
+        return BrokenRow("broken UTF-8", str(error))
 
 
 def _row_groups_from(table: object, start_row: int) -> tuple[list[int], int]:
@@ -230,7 +265,7 @@ def _row_groups_from(table: object, start_row: int) -> tuple[list[int], int]:
 def _read_txt(source: SourceConfig, path: Path, start_row: int) -> Iterator[str]:
     if start_row > 0:
         return
-    with _open(source, path) as stream:
+    with _open(source.name, path) as stream:
         data = stream.read()
     try:
         yield data.decode()

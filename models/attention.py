@@ -6,7 +6,7 @@ its own document. Five kernels compute the same thing:
     fa4     flash-attn-4      Hopper and Blackwell; by far the fastest there
     fa2     flash-attn 2      Ampere and later
     varlen  torch's own FA2   Ampere and later, nothing to install
-    flex    FlexAttention     any CUDA device and dtype; on a CPU only as a slow check
+    flex    FlexAttention     any CUDA device and dtype
     dense   a (T, T) mask     any device; what the CPU uses, and decoding with a cache
 
 The first three see B * T tokens and `cu_seqlens`, the places where documents begin and end. The
@@ -76,10 +76,10 @@ def _obstacle(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: i
     """Why the kernel cannot run, or None if it can."""
     if kernel == "dense":
         return None
+    if device.type != "cuda":  # flex would run on a CPU, but has no backward pass there
+        return f"needs a CUDA device, not {device.type}"
     if kernel == "flex":
         return None if head_dim >= 16 else f"needs heads of at least 16 dimensions, not {head_dim}"
-    if device.type != "cuda":
-        return f"needs a CUDA device, not {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
     if kernel == "fa4" and major not in (9, 10):
         return f"needs Hopper or Blackwell (compute capability 9 or 10), not {major}.{minor}"
@@ -102,7 +102,7 @@ def _missing(module: str, function: str, install: str) -> str | None:
     try:
         getattr(importlib.import_module(module), function)
     except Exception as error:
-        return f"cannot be imported ({error}); to get it: {install}"
+        return f"cannot be imported ({error}), install it with `{install}`"
     return None
 
 
@@ -186,9 +186,9 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask) -> Tensor:
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Not compiled it computes all T x T scores, yet on a CPU the compiled form has no backward.
-    compile_here = q.is_cuda and not torch.compiler.is_compiling()
-    run = _compiled(flex_attention) if compile_here else flex_attention
+    # Where it is not compiled it computes all T x T scores.
+    alone = q.is_cuda and not torch.compiler.is_compiling()
+    run = _compiled(flex_attention) if alone else flex_attention
     return run(q, k, v, block_mask=mask.blocks, enable_gqa=True)
 
 
@@ -368,9 +368,7 @@ class KVCache:
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)  # (S,) tokens held
         self.slots = torch.arange(slots, device=device)
 
-    def store(
-        self, layer: int, positions: Tensor, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def store(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k and v (S, T, K, D) at `positions` (S, T); returns the layer's (S, L, K, D)."""
         keys, values = self.keys[layer], self.values[layer]
         keys[self.slots[:, None], positions] = k

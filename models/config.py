@@ -9,18 +9,19 @@ work that is done twice is counted once.
 
 from collections.abc import Iterator
 
-from pydantic import PositiveFloat, PositiveInt
-from pydantic.types import NonNegativeInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from utils.config import Config, Problem
 
 HEAD_CHUNK_TOKENS = 4096
-"""Tokens whose float32 logits exist at once in the loss: 0.5 GB of them at a vocabulary of 32,000."""
+"""Tokens whose float32 logits exist at once in the loss: 0.5 GB at a vocabulary of 32,000."""
 
 GIB = 2**30
 
 
 class ModelConfig(Config):
+    """The shape of a model; the embedding is always tied to the head."""
+
     vocab_size: PositiveInt = 32_000
     d_model: PositiveInt
     n_layers: PositiveInt
@@ -81,9 +82,9 @@ class ModelConfig(Config):
         per_pair = 12 * self.n_layers * self.n_heads * self.head_dim
         return 6 * matrix_params * tokens + per_pair * attended_pairs
 
-    def flops_per_token(self, seq_len: int) -> float:
+    def flops_per_token(self, seq_len: int) -> int:
         """Training FLOPs per token where each row of `seq_len` tokens is one document."""
-        return self.training_flops(seq_len, seq_len * (seq_len + 1) // 2) / seq_len
+        return self.training_flops(seq_len, seq_len * (seq_len + 1) // 2) // seq_len
 
     def memory_gib(
         self, micro_batch: int, seq_len: int, bytes_per_activation: int = 2

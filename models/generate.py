@@ -97,10 +97,6 @@ def _steps(
     alive = [True] * len(prompts)
     hidden = _prefill(model, prompts, cache)  # (S, C)
     for step in range(max(rooms)):
-        if step:  # ended sequences run on, in place, until the last one ends
-            positions = cache.lengths.clamp(max=capacity - 1)[:, None]  # (S, 1)
-            hidden = model.extend(tokens[:, None], positions, cache)[:, 0]
-            cache.lengths += 1
         logits = model.logits(hidden)  # (S, V)
         tokens = sample(logits, seeds_on_device, cache.lengths, temperature, top_k, top_p)
         new = tokens.tolist()
@@ -111,6 +107,10 @@ def _steps(
         if not any(alive):
             return
         yield [token if still else None for token, still in zip(new, alive, strict=True)]
+        if step + 1 < max(rooms):  # ended sequences run on, in place, until the last one ends
+            positions = cache.lengths.clamp(max=capacity - 1)[:, None]  # (S, 1)
+            hidden = model.extend(tokens[:, None], positions, cache)[:, 0]
+            cache.lengths += 1
 
 
 def _prefill(model: Transformer, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
@@ -150,7 +150,8 @@ def _check(
 # ---------------------------------------------------------------------------------------------
 # Sampling
 
-PROBABILITY_ONE = 2**40  # float32 probabilities down to 1e-12, and sums far from overflow
+PROBABILITY_ONE = 2**32  # what is less likely than 2e-10 is never drawn
+RANDOM_BITS = 30  # the product of the two fits into an int64
 
 
 def sample(
@@ -173,7 +174,7 @@ def sample(
     if top_p < 1:
         weights = _keep_top_p(weights, top_p)
     sums = weights.cumsum(-1)  # (S, V)
-    draws = _random_63_bits(seeds, positions) % sums[:, -1]
+    draws = _random_bits(seeds, positions) * sums[:, -1] >> RANDOM_BITS  # in [0, sum)
     return torch.searchsorted(sums, draws[:, None], right=True).squeeze(-1)
 
 
@@ -192,9 +193,9 @@ def _keep_top_p(weights: Tensor, p: float) -> Tensor:
     return weights.where(weights >= ordered.gather(-1, needed - 1), 0)
 
 
-def _random_63_bits(seeds: Tensor, positions: Tensor) -> Tensor:
-    """Random integers in [0, 2^63), a fixed function of (seed, position)."""
-    return _mix(_mix(seeds) + positions) & (2**63 - 1)
+def _random_bits(seeds: Tensor, positions: Tensor) -> Tensor:
+    """Random integers of `RANDOM_BITS` bits, a fixed function of (seed, position)."""
+    return _shift_right(_mix(_mix(seeds) + positions), 64 - RANDOM_BITS)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -334,9 +334,10 @@ def _log(training: Training, metrics: MetricsLog) -> None:
     training.skipped_steps += skipped
     if skipped:
         get_logger().warning(f"{skipped} step(s) skipped: loss or gradient was not finite")
-    means = {name: value / weight for name, value in taken.items()}
+    means = {
+        name if "/" in name else f"train/{name}": value / weight for name, value in taken.items()
+    }
     values = {
-        "train/loss": means.pop("loss"),
         **means,
         "train/grad_norm": norm,
         "train/lr": training.optimizer.param_groups[0]["lr"],

@@ -67,6 +67,8 @@ def cross_entropy_loss(
 
 
 class _TokenLogprobs(torch.autograd.Function):
+    """Keeps the hidden states and log Z for the backward pass, and computes the logits twice."""
+
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx,
@@ -98,8 +100,8 @@ class _TokenLogprobs(torch.autograd.Function):
             chunk = hidden[rows].to(weight.dtype)  # (n, C)
             logits = _product(chunk, weight.T)  # (n, V)
             grad = _fused(_logits_gradient, logits)(
-                logits, logz[rows], targets[rows], grad_logp[rows], grad_logz[rows]
-            ).to(weight.dtype)
+                logits, logz[rows], targets[rows], grad_logp[rows], grad_logz[rows], weight.dtype
+            )  # (n, V)
             if wants_hidden:
                 grad_hidden[rows] = grad @ weight
             if wants_weight:
@@ -115,14 +117,19 @@ def _statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _logits_gradient(
-    logits: Tensor, logz: Tensor, targets: Tensor, grad_logp: Tensor, grad_logz: Tensor
+    logits: Tensor,
+    logz: Tensor,
+    targets: Tensor,
+    grad_logp: Tensor,
+    grad_logz: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """d/dlogits (n, V) of grad_logp * (logit[target] - log Z) + grad_logz * log Z."""
+    """d/dlogits (n, V) of grad_logp * (logit[target] - log Z) + grad_logz * log Z, in `dtype`."""
     counts = targets != IGNORE
     to_target = grad_logp.where(counts, 0)[:, None]
     to_logz = (grad_logz - grad_logp).where(counts, 0)[:, None]
     is_target = targets[:, None] == torch.arange(logits.shape[-1], device=logits.device)
-    return to_logz * (logits - logz[:, None]).exp() + to_target.where(is_target, 0)
+    return (to_logz * (logits - logz[:, None]).exp() + to_target.where(is_target, 0)).to(dtype)
 
 
 def _fused(function: Callable, logits: Tensor) -> Callable:

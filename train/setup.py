@@ -11,10 +11,10 @@ import os
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
-from models.attention import choose_kernel
 from models.config import ModelConfig
 from models.transformer import Transformer
 from train.loop import LoopConfig, Training
@@ -59,6 +59,8 @@ class RuntimeConfig(Config):
 class TrainConfig(LoopConfig):
     """The size of a step, the length of training, and the loop's own settings."""
 
+    LENGTHS: ClassVar = ("steps", "tokens")  # the keys of which one gives the length of training
+
     batch_tokens: int
     """Tokens per optimizer step, over all micro-batches and GPUs."""
     micro_batch: int
@@ -72,16 +74,25 @@ class TrainConfig(LoopConfig):
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        for key in ("batch_tokens", "micro_batch", "steps", "tokens"):
+        for key in ("batch_tokens", "micro_batch", *self.LENGTHS):
             value = getattr(self, key)
             if value is not None and value <= 0:
                 yield Problem((key,), f"{key} ({value:,}) must be above 0")
-        if (self.steps is None) == (self.tokens is None):
-            yield Problem(("steps", "tokens"), "give the length as steps or as tokens, one of them")
+        if sum(getattr(self, key) is not None for key in self.LENGTHS) != 1:
+            yield Problem(self.LENGTHS, f"give the length as one of {', '.join(self.LENGTHS)}")
 
     @property
     def total_steps(self) -> int:
         return self.steps or math.ceil(self.tokens / self.batch_tokens)
+
+
+class EpochTrainConfig(TrainConfig):
+    """A training over finite data, whose length may also be given in epochs."""
+
+    LENGTHS: ClassVar = ("steps", "tokens", "epochs")
+
+    epochs: int | None = None
+    """Length of training in passes over the data, rounded up to whole steps."""
 
 
 def shape_problems(train: TrainConfig, seq_len: int, model: ModelConfig) -> Iterator[Problem]:
@@ -141,10 +152,12 @@ def build_model(config: ModelConfig, runtime: RuntimeConfig, dist: Distributed) 
     """The model on its device, its attention kernel chosen and said."""
     on_gpu = dist.device.type == "cuda"
     name = runtime.precision if runtime.precision != "auto" else ("bf16" if on_gpu else "fp32")
-    dtype = PRECISIONS[name]
-    kernel, reason = choose_kernel(runtime.attention, dist.device, dtype, config.head_dim)
-    model = Transformer(config, dtype=dtype, kernel=kernel).to(dist.device)
-    if runtime.compile if runtime.compile is not None else on_gpu:
+    model = Transformer(config, PRECISIONS[name], runtime.attention).to(dist.device)
+    try:
+        kernel, reason = model.attention_kernel()
+    except ValueError as error:
+        raise ConfigError(f"runtime.attention: {error}") from error
+    if on_gpu if runtime.compile is None else runtime.compile:
         model.compile_blocks()
     get_logger().info(
         f"model: {config.n_params:,} parameters, {name}, on {dist.device}; "
@@ -206,6 +219,8 @@ def restore(training: Training, args: CommandLine, state: dict | None, decay_now
         training.evaluated_at = -1
         if decay_now:
             training.schedule.branch(training.step)
+        tokens_per_step = training.tokens // max(1, training.step)
+        training.cost.total_tokens = training.schedule.total_steps * tokens_per_step
         get_logger().info(
             f"branching off {args.resume_from} at step {training.step:,}, "
             f"to end at step {training.schedule.total_steps:,}"

@@ -60,12 +60,10 @@ class _Loader(yaml.BaseLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = key_node.value
+            key, mark = key_node.value, key_node.start_mark
             if not isinstance(key, str) or key in mapping:
                 what = f"duplicate key '{key}'" if isinstance(key, str) else "a key must be text"
-                raise yaml.constructor.ConstructorError(
-                    problem=what, problem_mark=key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(problem=what, problem_mark=mark)
             mapping[key] = self.construct_object(value_node, deep)
         return mapping
 
@@ -110,12 +108,12 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         what = "empty" if values is None else f"a {type(values).__name__}"
         raise ConfigError(f"{path}: must hold a mapping (`key: value` lines), but is {what}")
-    return values
+    return json.loads(json.dumps(values))  # an alias becomes a copy, to be overridden alone
 
 
 def save_yaml(path: str | Path, values: dict[str, Any]) -> None:
     """Write plain values such that `load_yaml` returns the same."""
-    text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=100)
     Path(path).write_text(text, encoding="utf-8")
 
 
@@ -214,7 +212,8 @@ def _path(raw: Any, detail: Any) -> str:
     """Return an error's dotted path, without what pydantic adds for the branches of a union."""
     path = []
     for key in detail["loc"]:
-        if key in raw if isinstance(raw, dict) else isinstance(raw, list) and isinstance(key, int):
+        keys = raw if isinstance(raw, dict) else range(len(raw)) if isinstance(raw, list) else ()
+        if key in keys:
             path.append(str(key))
             raw = raw[key]
     if detail["type"] == "missing":
@@ -277,16 +276,14 @@ def _all_keys(cls: type[Config], prefix: str = "") -> Iterator[str]:
 
 
 def _stand_in(cls: type[C], raw: dict, failed: Collection[str], prefix: str = "") -> C:
-    """Return a config for the rules to read although fields failed.
-
-    A failed field has its default, or is absent when it has none; the others are as in the YAML.
-    """
+    """Return a config for the rules to read: a failed field has its default, or is absent."""
     kept = {}
     for name, block in _blocks(cls).items():
         path, value = prefix + name, raw.get(name)
         if name not in raw or path in failed:
-            continue
-        if block and isinstance(value, dict):
+            if block and cls.model_fields[name].is_required():
+                kept[name] = block.model_construct()
+        elif block and isinstance(value, dict):
             kept[name] = _stand_in(block, value, failed, f"{path}.")
         elif block and isinstance(value, list):
             items = [(f"{path}.{i}.", item) for i, item in enumerate(value)]
@@ -387,7 +384,7 @@ def parse_command_line(
     for text in rest:
         if text.startswith("-") or "=" not in text:
             near = get_close_matches(text, parser._option_string_actions, n=1, cutoff=0)[0]
-            parser.error(f"'{text}' is neither a flag nor key=value; the nearest flag is {near}")
+            parser.error(f"'{text}' is no flag (the nearest is {near}) and no key=value override")
     return CommandLine(**vars(known), overrides=rest)
 
 

@@ -1,0 +1,195 @@
+"""What a run costs: dollars, tokens per dollar, tokens per second, MFU and the time left.
+
+MFU is the FLOPs the model needs (PaLM's count: no recomputation) over the device's dense bf16 peak.
+Throughput and MFU count training time alone, so that a slow evaluation does not look like a slow
+step; dollars count all the time that the machine is held.
+
+Left out: spot prices, storage and traffic.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from pydantic import Field
+
+from utils.config import Config, Problem
+
+
+class Device(NamedTuple):
+    """An accelerator; `name` is a part of what `torch.cuda.get_device_name` returns.
+
+    Peaks are dense (without sparsity) FLOP/s with float32 accumulation, from the vendor's data
+    sheet. Prices are typical on-demand ones of clouds that rent out single cards, as of 2025; a
+    guess at yours, which goes into `cost.usd_per_hour`.
+    """
+
+    name: str
+    bf16_flops: float
+    fp8_flops: float | None
+    memory_gb: int
+    usd_per_hour: float
+
+
+DEVICES = (
+    Device("A100", 312e12, None, 80, 1.80),  # NVIDIA A100 data sheet
+    Device("A100-SXM4-40GB", 312e12, None, 40, 1.30),
+    Device("A100-PCIE-40GB", 312e12, None, 40, 1.30),
+    Device("H100", 989.4e12, 1978.9e12, 80, 3.00),  # H100 data sheet, SXM5
+    Device("H100 PCIe", 756e12, 1513e12, 80, 2.50),
+    Device("H100 NVL", 835.5e12, 1671e12, 94, 2.80),
+    Device("GH200", 989.4e12, 1978.9e12, 96, 2.00),  # GH200 data sheet
+    Device("H200", 989.4e12, 1978.9e12, 141, 3.80),  # H200 data sheet, SXM5
+    Device("H200 NVL", 835.5e12, 1671e12, 141, 3.50),
+    Device("B200", 2250e12, 4500e12, 180, 6.00),  # HGX B200 data sheet
+    Device("L4", 121e12, 242.5e12, 24, 0.70),  # L4 data sheet
+    Device("L40S", 362e12, 733e12, 48, 1.00),  # L40S data sheet
+    Device("A10", 125e12, None, 24, 0.75),  # A10 data sheet
+    Device("A10G", 70e12, None, 24, 1.00),  # AWS G5 instance description
+    Device("A6000", 154.8e12, None, 48, 0.80),  # RTX A6000 data sheet
+    Device("RTX 3090", 71e12, None, 24, 0.30),  # GA102 white paper
+    Device("RTX 4090", 165.2e12, 330.3e12, 24, 0.50),  # Ada white paper
+    Device("RTX 5090", 209.5e12, 419e12, 32, 0.80),  # RTX Blackwell white paper
+)
+PROJECTION_DEVICE = "H100"
+
+
+def find_device(name: str) -> Device | None:
+    """Return the device whose name is the longest found in `name`; None for one not in the table.
+
+    Laptop chips and MIG slices carry the name of a larger device and are not in the table.
+    """
+    if re.search(r"laptop|\bMIG\b", name, re.IGNORECASE):
+        return None
+    found = [d for d in DEVICES if re.search(rf"\b{re.escape(d.name)}\b", name, re.IGNORECASE)]
+    return max(found, key=lambda device: len(device.name), default=None)
+
+
+class CostConfig(Config):
+    """Price and speed of the machine, where they are not those of the table."""
+
+    usd_per_hour: float | None = Field(None, ge=0)
+    """Price of one device; null: the table's typical one."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """Dense bf16 peak of one device; null: the table's."""
+    device: str | None = None
+    """Device that --dry-run projects for, such as H100; null: an H100."""
+    projected_mfu: float = Field(0.4, gt=0, le=1)
+    """Share of the peak that --dry-run assumes is reached."""
+
+    def problems(self) -> Iterator[Problem]:
+        if self.device is not None and find_device(self.device) is None:
+            known = ", ".join(device.name for device in DEVICES)
+            yield Problem(("device",), f"device ({self.device}) is not in the table: {known}")
+
+
+class CostTracker:
+    """Counts tokens, FLOPs, seconds and dollars of a run, over all its resumes.
+
+    Args:
+        usd_per_hour: price of all devices together; None leaves the dollars out.
+        peak_flops: their peak FLOP/s together; None leaves MFU out.
+        total_tokens: the run's length, for progress and the time left.
+    """
+
+    def __init__(
+        self,
+        usd_per_hour: float | None,
+        peak_flops: float | None,
+        total_tokens: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.usd_per_hour = usd_per_hour
+        self.peak_flops = peak_flops
+        self.total_tokens = total_tokens
+        self.tokens = 0
+        self._clock = clock
+        self._earlier = {"tokens": 0, "usd": 0.0}
+        self._started = self._window_started = clock()
+        self._window_tokens = self._window_flops = 0
+
+    @classmethod
+    def for_device(
+        cls, config: CostConfig, name: str, total_tokens: int, world_size: int = 1
+    ) -> "CostTracker":
+        """Make a tracker for `world_size` devices of this name, with what config or table know."""
+        usd, peak = _price_and_peak(config, find_device(name))
+        return cls(usd and usd * world_size, peak and peak * world_size, total_tokens)
+
+    def update(self, tokens: int, flops: int) -> None:
+        """Count a step."""
+        self.tokens += tokens
+        self._window_tokens += tokens
+        self._window_flops += flops
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keep the time inside (an evaluation, a save) out of throughput and MFU."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._window_started += self._clock() - began
+
+    def metrics(self) -> dict[str, float]:
+        """Return what is known: throughput since the last call, money and progress in total."""
+        now = self._clock()
+        values = {"train/progress_percent": 100 * self.tokens / self.total_tokens}
+        seconds = now - self._window_started
+        if self._window_tokens and seconds > 0:
+            values["train/tokens_per_sec"] = self._window_tokens / seconds
+            if self.peak_flops:
+                values["train/mfu"] = self._window_flops / seconds / self.peak_flops
+        if self.usd_per_hour is not None:
+            values["cost/usd_spent"] = usd = self._usd(now)
+            if usd > 0:
+                values["cost/tokens_per_dollar"] = self.tokens / usd
+        if new_tokens := self.tokens - self._earlier["tokens"]:
+            hours = (now - self._started) / 3600
+            left = max(0, self.total_tokens - self.tokens)
+            values["cost/eta_hours"] = left * hours / new_tokens
+        self._window_started, self._window_tokens, self._window_flops = now, 0, 0
+        return values
+
+    def _usd(self, now: float) -> float:
+        return self._earlier["usd"] + (now - self._started) / 3600 * (self.usd_per_hour or 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been spent so far."""
+        return {"tokens": self.tokens, "usd": self._usd(self._clock())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Add what was spent before to what this process spends."""
+        self._earlier = dict(state)
+        self.tokens = state["tokens"]
+
+
+def _price_and_peak(config: CostConfig, device: Device | None) -> tuple[float | None, float | None]:
+    """Return one device's dollars per hour and peak FLOP/s; the config comes before the table."""
+    usd, peak = (device.usd_per_hour, device.bf16_flops) if device else (None, None)
+    if config.usd_per_hour is not None:
+        usd = config.usd_per_hour
+    if config.peak_tflops is not None:
+        peak = config.peak_tflops * 1e12
+    return usd, peak
+
+
+class Projection(NamedTuple):
+    """A guess at hours and dollars, and what it assumes."""
+
+    hours: float
+    dollars: float
+    assumption: str
+
+
+def projection(config: CostConfig, flops: float, device: Device) -> Projection:
+    """Guess what `flops` take on one `device` at the assumed utilisation."""
+    usd, peak = _price_and_peak(config, device)
+    hours = flops / (peak * config.projected_mfu) / 3600
+    assumption = (
+        f"one {device.name} ({peak / 1e12:.0f} TFLOP/s bf16) at {config.projected_mfu:.0%} of its "
+        f"peak, ${usd:.2f} per hour"
+    )
+    return Projection(hours, hours * usd, assumption)
