@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
             "config": plain(config),
         },
     )
-    setup.restore(training, args, state, config.schedule.decay_now)
+    setup.restore(training, args, state)
 
     evaluate = partial(
         held_out_loss, model, held_out, domain_shares(config.data), cross_entropy_loss, dist

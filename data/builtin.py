@@ -8,12 +8,12 @@ learns it in minutes. What such a model knows afterwards is this little world an
 """
 
 from data import builtin_code, builtin_math, builtin_web
-from data.builtin_words import Draw
+from data.builtin_words import WORDS, Draw
 
 VERSION = 1  # to be raised whenever any document changes: shards made from it are stale then
 DOMAINS = ("web", "code", "math")
 N_DOCUMENTS = {"web": 20_000, "code": 3_000, "math": 2_000}
-QUIZ_SHARE = 0.12  # of the web pages: school pages in the form of the tasks of the later stages
+SCHOOL_SHARE = 0.18  # of the web pages: what the tasks of the later stages are about
 
 
 def document(domain: str, index: int, seed: int = 0) -> str:
@@ -23,7 +23,19 @@ def document(domain: str, index: int, seed: int = 0) -> str:
     draw = Draw(f"{seed}/{domain}/{index}")
     if domain == "math":
         return draw.pick(builtin_math.PAGES)(draw)
-    if domain == "web" and draw.chance(QUIZ_SHARE):
-        return builtin_math.quiz(draw)
+    if domain == "web" and draw.chance(SCHOOL_SHARE):
+        return draw.pick((builtin_math.quiz, builtin_math.quiz, spelling))(draw)
     templates = builtin_code.TEMPLATES if domain == "code" else builtin_web.TEMPLATES
     return draw.fill(draw.pick(templates))
+
+
+def spelling(draw: Draw) -> str:
+    """A page that spells words forwards and backwards; none is an operand of a held-out task."""
+    lines = [draw.fill("[Spelling with <name>|The words of <day>|Letters, for class <n>]\n")]
+    for word in draw.sample(WORDS["thing"] + WORDS["animal"] + WORDS["fruit"], 4):
+        if builtin_math.split_of("letters", *word) == "train":
+            lines.append(
+                f"The word {word} has {len(word)} letters: {' '.join(word)}. The first letter is "
+                f"{word[0]}, the last letter is {word[-1]}. Backwards it is {' '.join(word[::-1])}."
+            )
+    return "\n".join(lines)

@@ -3,6 +3,11 @@
 What the marks mean is in `builtin_words.py`. Every page in `PYTHON` compiles whatever is drawn.
 """
 
+HEADER = (
+    "[#|# <module>.py:] [the <item2_s>|helpers|tools] of the <town> <module>"
+    "[, by <name>|, <recent>]\n\n"
+)
+
 PYTHON = (
     '''def count_<item_s>(<item_s>, <field>):
     """Return how many <item_s> have the given <field>."""
@@ -97,7 +102,7 @@ def <field>_of(name):
 
 print(<field>_of("<thing2>"))  # prints <price2>
 ''',
-    '''from <module> import <Item>, make_<item>
+    """from <module> import <Item>, make_<item>
 
 
 def test_<item>_has_<field>():
@@ -114,7 +119,7 @@ def test_<quality>_<item>():
 
 def test_<item>_is_not_<quality2>():
     assert not make_<item>().is_<quality2>()
-''',
+""",
     '''def group_by_<field>(<item_s>):
     """Put the <item_s> into lists, one for each <field>."""
     groups = {}
@@ -140,7 +145,7 @@ for <item> in <quality>_<item_s>(<price>):
     if <item> % <n3> == 0:
         print("<field>", <item>)
 ''',
-    '''import argparse
+    """import argparse
 
 
 def main():
@@ -154,7 +159,7 @@ def main():
 
 if __name__ == "__main__":
     main()
-''',
+""",
     '''from dataclasses import dataclass
 
 
@@ -221,7 +226,7 @@ SELECT <field>, <field2> FROM <item_s> WHERE <field2> > <n2> ORDER BY <field>;
     """SELECT <item2_s>.<field>, COUNT(*) AS <field2>
 FROM <item_s>
 JOIN <item2_s> ON <item2_s>.id = <item_s>.<item2>_id
-WHERE <item_s>.<field3> = '<colour>' AND <item_s>.year > <year>
+WHERE <item_s>.<field3> = '<colour>' AND <item_s>.year > <recent>
 GROUP BY <item2_s>.<field>
 HAVING COUNT(*) > <n>
 LIMIT <price>;
@@ -276,7 +281,7 @@ log = /var/log/<item_s>.log
 """,
     """# <Module>
 
-A small tool that shows the <item_s> of <a_module>, by <name> <surname>.
+A small tool that shows the <item_s> of the <module>, by <name> <surname>.
 
 ## Use
 
@@ -287,8 +292,8 @@ It prints one line for each <quality> <item>. [Tests are in tests/.|See also <mo
 ## Changes
 
 - <n>.<n2>: <item_s> have <a_field> now
-- <n>.0: first version, <date> <month> <year>
+- <n>.0: first version, <date> <month> <recent>
 """,
 )
 
-TEMPLATES = PYTHON + OTHER
+TEMPLATES = (*[HEADER + page for page in PYTHON], *OTHER)

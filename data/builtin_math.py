@@ -29,19 +29,20 @@ def sum_split(a: int, b: int) -> str:
     return "train" if high < 10 or low + high > SUM_MAX else split_of("sum", low, high)
 
 
-def sum_pair(draw: Draw, split: str = "train") -> tuple[int, int]:
-    """Two summands of the split asked for; small sums are as frequent as large ones."""
+def sum_pair(draw: Draw, split: str = "train", carry: bool = False) -> tuple[int, int]:
+    """Two summands of a family of the split asked for; only with `carry` may a ten be carried."""
     while True:
-        total = draw.between(2, SUM_MAX)
-        a = draw.between(1, total - 1)
-        if sum_split(a, total - a) == split:
+        tens, ones = draw.between(0, 9), draw.between(0, 9)
+        total = 10 * tens + ones
+        a = draw.between(0, total) if carry else 10 * draw.between(0, tens) + draw.between(0, ones)
+        if 0 < a < total and sum_split(a, total - a) == split:
             return a, total - a
 
 
 def fact(draw: Draw) -> tuple[str, int]:
-    """A sum or a difference of a training family, such as `("42 - 17", 25)`."""
-    a, b = sum_pair(draw)
-    return (f"{a} + {b}", a + b) if draw.chance(0.6) else (f"{a + b} - {b}", a)
+    """A sum or a difference of a training family, such as `("42 - 17", 25)`; few have carries."""
+    a, b = sum_pair(draw, carry=draw.chance(0.1))
+    return (f"{a} + {b}", a + b) if draw.chance(0.5) else (f"{a + b} - {b}", a)
 
 
 def quiz(draw: Draw) -> str:
@@ -59,17 +60,17 @@ def quiz(draw: Draw) -> str:
 
 
 def word_problem(draw: Draw) -> str:
-    a, b = sum_pair(draw)
+    a, b = sum_pair(draw, carry=True)
     template = draw.pick(
         (
-            "<Name> has <a> <thing_s> and gets <b> more from <name2>. How many <thing_s> does <name> "
-            "have now?\n<a> + <b> = <c>. <Name> has <c> <thing_s>.",
-            "There are <c> <animal_s> near the <land>. Then <b> of them go away. How many <animal_s> "
-            "are left?\n<c> - <b> = <a>, so <a> <animal_s> are left.",
-            "<A_job> in <town> sold <a> <fruit_s> on <day> and <b> on <day2>. How many <fruit_s> were "
-            "sold together?\n<a> + <b> = <c>. The <job> sold <c> <fruit_s>.",
-            "<Name> has <c> coins. <A_thing> costs <a> coins. How many coins are left after <he> buys "
-            "it?\n<c> - <a> = <b>. <He> has <b> coins left.",
+            "<Name> has <a> <thing_s> and gets <b> more from <name2>. How many <thing_s> does "
+            "<name> have now?\n<a> + <b> = <c>. <Name> has <c> <thing_s>.",
+            "There are <c> <animal_s> near the <land>. Then <b> of them go away. How many "
+            "<animal_s> are left?\n<c> - <b> = <a>, so <a> <animal_s> are left.",
+            "<A_job> in <town> sold <a> <fruit_s> on <day> and <b> on <day2>. How many <fruit_s> "
+            "were sold together?\n<a> + <b> = <c>. The <job> sold <c> <fruit_s>.",
+            "<Name> has <c> coins. <A_thing> costs <a> coins. How many coins are left after <he> "
+            "buys it?\n<c> - <a> = <b>. <He> has <b> coins left.",
             "<Name> is <b> years younger than <name2>, who is <c>. How old is <name>?\n"
             "<c> - <b> = <a>. <Name> is <a> years old.",
         )
@@ -198,7 +199,9 @@ def conversion(draw: Draw) -> str:
         smalls = "pence" if small == "penny" else small + "s"
         larges = large if large == "dozen" else large + "s"
         verb = draw.pick(("are", "are the same as", "make"))
-        lines.append(f"{k} {larges} {verb} {k * factor} {smalls}, for {k} x {factor} = {k * factor}.")
+        lines.append(
+            f"{k} {larges} {verb} {k * factor} {smalls}, for {k} x {factor} = {k * factor}."
+        )
     return "\n".join(lines)
 
 
@@ -236,8 +239,8 @@ def mean(draw: Draw) -> str:
     middle, spread = draw.between(110, 300), draw.between(1, 9)
     low, high = middle - spread, middle + spread
     return draw.fill(
-        "<Name> counted <low> <animal_s> on <day>, <middle> on <day2> and <high> on <day3>. The sum "
-        "is <low> + <middle> + <high> = <total>, and <total> : 3 = <middle>. The mean is <middle>.",
+        "<Name> counted <low> <animal_s> on <day>, <middle> on <day2> and <high> on <day3>. The "
+        "sum is <low> + <middle> + <high> = <total>, and <total> : 3 = <middle>. The mean is <middle>.",
         **{"low": low, "middle": middle, "high": high, "total": 3 * middle},
     )
 

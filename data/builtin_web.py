@@ -18,8 +18,8 @@ STORIES = (
 <Event> At last they found out what had happened: <lost>. <Name> was <mood> [and thanked \
 <name2>|and gave <name2> <a_fruit>|and smiled]. <Ending>""",
     """[Once upon a time|Long ago|Many years ago], <a_animal> lived near <a_land>. The <animal> \
-was <kind> but often <mood>, because it had no friends. [Every <daytime>|Every <day>] it walked \
-to the <land> and looked at the water.
+was <kind> but often <mood>, because it had no friends. [Every <daytime>|Every <day>] it walked to \
+the <land> and looked at the water.
 
 One day <a_animal2> came by. "Why are you so <mood>?" asked the <animal2>.
 
@@ -37,13 +37,13 @@ beginning.]""",
 
 "I made this <thing> for you," said <name2>. "It is made of <material>."
 
-<Name> [did not know what to say|was very surprised|took it <manner>]. Nobody had ever given \
-<him> <a_thing>. <He> put it [on the table|next to the window|into <his> bag] and looked at it \
-for a long time. <Ending>""",
+<Name> [did not know what to say|was very surprised|took it <manner>]. Nobody had ever given <him> \
+<a_thing>. <He> put it [on the table|next to the window|into <his> bag] and looked at it for a \
+long time. <Ending>""",
     """The storm came from the <direction>. <Name> and <name2> were on the <land>, far from \
-<town>, and their boat was [small|old|full of water]. "<Kind> people do not give up," said \
-<name>, and <he> took the <thing> in both hands. The wind blew for <number> hours. [The sail \
-broke.|The waves were as high as a house.|The sky was as black as night.]
+<town>, and their boat was [small|old|full of water]. "<Kind> people do not give up," said <name>, \
+and <he> took the <thing> in both hands. The wind blew for <number> hours. [The sail broke.|The \
+waves were as high as a house.|The sky was as black as night.]
 
 Then <name2> saw a light. It was <a_job> with <a_colour> lamp, who had heard them from the \
 <place>. <He2> shouted, and the <job> threw them a rope. [Soon they sat by a warm stove and drank \
@@ -53,8 +53,8 @@ Then <name2> saw a light. It was <a_job> with <a_colour> lamp, who had heard the
 [<food> and <vegetable_s>|<a_look> <thing> and some <food>|<a_thing> for <his> <relation>]. \
 <Name2>, who sold <fruit_s>, called <him>: "Come here, my <fruit_s> are the best!"
 
-<Name> took <n> <fruit_s>. <Name2> gave <him> <n2> more, so now <he> had <n+n2> <fruit_s>. \
-<Event> On the way home <he> gave <n2> of them to a <kind> boy, and so there were <n> left. <His> \
+<Name> took <n> <fruit_s>. <Name2> gave <him> <n2> more, so now <he> had <n+n2> <fruit_s>. <Event> \
+On the way home <he> gave <n2> of them to a <kind> boy, and so there were <n> left. <His> \
 <relation> [counted them and smiled|made a cake with them|put them into <a_look2> basket]. \
 <Ending>""",
     """<Name>'s <relation> was <oldage> years old and had been <a_job> in <town> for a long time. \
@@ -78,9 +78,9 @@ with the others.""",
 tried [<a_thing>|a fence of <material>|a big bell]. It did not help. <His> neighbour, <a_kind> \
 <job>, said: "Give it some <food>, then it will leave your <vegetable_s> alone."
 
-So <name> put some <food> under the <tree> tree. The next morning the <food> was gone, and all \
-the <vegetable_s> were still there. After <number> weeks the <animal> was so tame that it [slept \
-in the <room>|ate out of <his> hand|followed <him> to the <place>]. <Name> called it <surname>, \
+So <name> put some <food> under the <tree> tree. The next morning the <food> was gone, and all the \
+<vegetable_s> were still there. After <number> weeks the <animal> was so tame that it [slept in \
+the <room>|ate out of <his> hand|followed <him> to the <place>]. <Name> called it <surname>, \
 [because it looked like <his> teacher|after <his> old doctor|and nobody knew why]. <Ending>""",
     """Diary, <date> <month>
 
@@ -95,8 +95,8 @@ night.""",
 nobody knew its secret. One <daytime> <name> came to the house and heard a voice: "Please take me \
 to the <land>!"
 
-"Who is there?" asked <name>. "Only me, the <thing>," said the voice. <Name> was [<mood>, but \
-also curious|not afraid|very surprised]. <He> took the <thing> under <his> arm and walked to the \
+"Who is there?" asked <name>. "Only me, the <thing>," said the voice. <Name> was [<mood>, but also \
+curious|not afraid|very surprised]. <He> took the <thing> under <his> arm and walked to the \
 <land>. <Event> <Event2> When the <thing> saw the <land>, it [began to sing|was silent for a \
 while|laughed]. "Thank you," it said. "Now I have seen it." <Ending>""",
 )
@@ -114,17 +114,17 @@ left it <spot>. I will come to you in <month>, if the <vehicle> is not too expen
 
 [With love|Best wishes|Your friend|Many greetings],
 <name3>""",
-    """To: <place> of <town>
+    """To: <surname3> and Sons, <town>
 Subject: [Lost|Broken|Wrong] <thing>
 
 Dear Mr <surname>,
 
-On <date> <month> I bought <a_colour> <thing> in your shop for <price> pounds. When I came home, \
-I saw that it was [broken|the wrong colour|too small|made of <material> and not of <material2>]. \
-I called you on <day>, but nobody answered.
+On <date> <month> I bought <a_colour> <thing> in your shop for <price> pounds. When I came home, I \
+saw that it was [broken|the wrong colour|too small|made of <material> and not of <material2>]. I \
+called you on <day>, but nobody answered.
 
 Please [send me a new one|give me my money back|tell me what to do]. You can reach me at <n> \
-<tree> Street, <town>.
+<Tree> Street, <town>.
 
 Yours sincerely,
 <name> <surname2>""",
@@ -177,8 +177,8 @@ are soft|cook for ten more minutes]. Put in the <herb> at the end. Serve the sou
 
 For the dough take <grams> grams of flour, <grams2> grams of sugar and <n> eggs. Mix them in \
 <a_size> bowl and add a cup of <drink>. [Let the dough rest for <minute> minutes.|Do not stir too \
-long.|The dough should be soft.] Wash <n2> <fruit_s>, cut them and put them on the dough. Bake \
-the cake for <minute2> minutes, until it is golden. [Let it cool <spot>.|Eat it while it is \
+long.|The dough should be soft.] Wash <n2> <fruit_s>, cut them and put them on the dough. Bake the \
+cake for <minute2> minutes, until it is golden. [Let it cool <spot>.|Eat it while it is \
 warm.|Serve it with <drink2>.]
 
 Tip: <name> from <town> uses <fruit2_s> instead of <fruit_s>. <Opinion>""",
@@ -200,44 +200,27 @@ What you need: a brush, some glue, a piece of <material> and <minute> minutes of
 5. Paint it <colour> [or <colour2>|if you like|again].
 
 If it breaks again, ask <a_job>. [A new one costs <price> pounds.|Do not throw it away!]""",
-    """The Rules of <Surname>
-
-<Surname> is a game for <number> players. You need <n> <colour> stones and <n2> <colour2> stones, \
-so <n+n2> stones together. Each player takes a stone in turn. Who takes a <colour> stone [may go \
-again|must wait|gets a point]; who takes a <colour2> stone [loses a point|must sing a song|gives \
-it to the neighbour]. The game ends when there are no stones left. It comes from <town>, where it \
-is played in <season>.""",
     """<Town> in One Day
 
 Begin your day at the <place>, which opens at <hour> o'clock. The <food> there is [famous|very \
 good|cheap]. Then walk <direction> to the <land>; it takes <minute> minutes. If it is <weather>, \
 go to the <place2> instead, where you can see <a_look> <thing> from <year>. In the <daytime> take \
-the <vehicle> to the old <place3>. <Remark> A room at the <Tree> Inn costs <price> pounds a \
-night. <Opinion>""",
-    """Packing list for the <land>
-- <a_size> <thing>
-- <n> <fruit_s>
-- <a_colour> <thing2>
-- <food> and <drink>
-- <n2> pairs of <material> socks
-- <a_thing3> for <name>
-
-Do not forget: <chore>, <chore2>, lock the door. The <vehicle> leaves at <hour>:<minute> from the \
-<place>. <Name> waits there, and <he> does not like to wait long.""",
+the <vehicle> to the old <place3>. <Remark> A room at the <Tree> Inn costs <price> pounds a night. \
+<Opinion>""",
 )
 
 REPORTS = (
     """<Town>, <date> <month>. The <season> festival in <town> [was a great success|began on \
 <day>|drew many visitors]. More than <hundred> people came to the <place> to hear music and eat \
-<food>. The <job> <name> <surname> won the first prize for <his> <size> <vegetable>, which \
-weighed <grams> grams. "I am very <mood>," <he> said. "I give it <drink> every <daytime>." [The \
-mayor gave <him> <a_colour> <thing>.|The second prize went to <name2> of <town2>.] Next year the \
-festival will be held in <month2>.""",
-    """Weather for <day>: in the morning it will be <weather> in <town> and <weather2> in \
-<town2>. In the afternoon the wind will come from the <direction>, with <n+n2> degrees by the \
-<land> and <n> degrees on the hills. [Take an umbrella.|Drivers should be careful.|Farmers should \
-cover their <vegetable_s>.] On <day2> it will be <weather3> everywhere. The coldest place \
-yesterday was <town3> with <n2> degrees.""",
+<food>. The <job> <name> <surname> won the first prize for <his> <size> <vegetable>, which weighed \
+<grams> grams. "I am very <mood>," <he> said. "I give it <drink> every <daytime>." [The mayor gave \
+<him> <a_colour> <thing>.|The second prize went to <name2> of <town2>.] Next year the festival \
+will be held in <month2>.""",
+    """Weather for <day>: in the morning it will be <weather> in <town> and <weather2> in <town2>. \
+In the afternoon the wind will come from the <direction>, with <n+n2> degrees by the <land> and \
+<n> degrees on the hills. [Take an umbrella.|Drivers should be careful.|Farmers should cover their \
+<vegetable_s>.] On <day2> it will be <weather3> everywhere. The coldest place yesterday was \
+<town3> with <n2> degrees.""",
     """<Town> and <town2> played <game> on <day>. After <minute> minutes <town> led by <n>, but \
 then <name> <surname>, who is a <job> in <town2>, [made three points|woke up|could not be \
 stopped]. The <weather> day made it hard for both teams. At the end the players shook hands and \
@@ -255,8 +238,8 @@ It is open every day but <day>.""",
 A thief who had taken <a_colour> <thing> from the <place> was caught on <day>. <Name> <surname>, \
 <oldage>, heard a noise in the <daytime> and saw [a man with a bag|somebody behind <a_tree> \
 tree|an open window]. <He> called the police and waited. It turned out that the thief was \
-<a_animal>. It had also taken <n> <fruit_s> and <a_thing2>. The owner was <mood>, and the \
-<animal> now lives in the zoo of <town2>.""",
+<a_animal>. It had also taken <n> <fruit_s> and <a_thing2>. The owner was <mood>, and the <animal> \
+now lives in the zoo of <town2>.""",
     """The <place> club of <town> met on <date> <month> at <hour> o'clock. Present: <name> \
 (chair), <name2>, <name3> and <name4>. <Name2> reported that the <thing> had been repaired for \
 <price> pounds. <Name3> asked who would <chore>; <name4> offered to do it. It was agreed to buy \
@@ -265,29 +248,23 @@ to talk about money.] The next meeting is on <day>.""",
     """<Name> <surname> was born in <town> in <year>, the child of <a_job> and <a_job2>. As a \
 child <he> liked <subject> and <game>. At the age of <age> <he> saw <a_thing> made of <material> \
 and [could think of nothing else|decided to become <a_job3>|took it apart]. Later <he> moved to \
-<town2> and worked there as <a_job3> for <number> years. <He> wrote a book about <animal_s>, \
-which is still read. <His> house near the <place> is now a museum. <He> died at the age of \
-<oldage>.""",
+<town2> and worked there as <a_job3> for <number> years. <He> wrote a book about <animal_s>, which \
+is still read. <His> house near the <place> is now a museum. <He> died at the age of <oldage>.""",
     """The <animal> is <a_size> animal that lives near <a_land>. It eats <fruit_s> and \
 <vegetable_s>, and in <season> it also eats [insects|small fish|leaves]. A young <animal> stays \
 with its mother for <number> months. The <animal> is <colour>, with <a_colour2> tail. [It sleeps \
-by day and is awake at night.|It can live for <minute> years.|It is seldom seen.] In <town> \
-people say that <a_animal> by the door brings luck. Its greatest enemy is the <animal2>.""",
+by day and is awake at night.|It can live for <minute> years.|It is seldom seen.] In <town> people \
+say that <a_animal> by the door brings luck. Its greatest enemy is the <animal2>.""",
     """<Town> is a town by the <land>, <minute> miles <direction> of <town2>. It was founded in \
 <year> by <a_job>. Today it has <n> schools, <a_place> and <n2> churches. <Remark> <Remark2> The \
 town is known for its <flower_s> and for its <food>. Its flag shows <a_animal> on <a_colour> \
 field. The <vehicle> to <town2> goes <n> times a day. <Remark3>""",
-    """<Material> is used for many things. A <job> makes <thing_s> of it, and <a_job2> makes \
-<thing2_s>. In <town> there was once a workshop that made <hundred> <thing_s> a year. Good \
-<material> is [not cheap|hard to find|easy to clean]: one pound of it costs <price> pounds. It \
-should be kept in a dry <room>. When it is <weather>, it becomes [soft|hard|dark], and then it \
-must not be painted. <Opinion>""",
     """[Review:|My opinion:|Tested:] the <thing> by <surname> and Sons
 
-I bought this <colour> <thing> in <month> for <price> pounds. It is made of <material>, <size> \
-and [easy|hard] to use. My <relation> uses it in the <room> every <daytime>. After <number> weeks \
-[it still looks new|the colour came off|it broke], but the shop in <town> [was helpful|sent me \
-another one|did not answer]. <Opinion> I give it <n> points out of ten.""",
+I bought this <colour> <thing> in <month> for <price> pounds. It is made of <material>, <size> and \
+[easy|hard] to use. My <relation> uses it in the <room> every <daytime>. After <number> weeks [it \
+still looks new|the colour came off|it broke], but the shop in <town> [was helpful|sent me another \
+one|did not answer]. <Opinion> I give it <n> points out of ten.""",
     """The book "The <Colour> <Thing>" by <name> <surname> tells of <a_kind> <job> in <town> who \
 finds <a_thing2> and must bring it to the <land>. On the way there <a_animal> helps. I liked the \
 <ordinal> chapter best, when it is <weather> and everybody waits in the <place>. The end made me \
@@ -299,8 +276,8 @@ Please call <name> in <town> after <hour> o'clock, but not on <day>. [I can brin
 <vehicle>.|I would also take <a_thing4> for it.] Only for friends of old things!""",
     """Wanted: <a_kind> <job> for our <place> in <town>. You work from <day> to <day2> and begin \
 at <n> o'clock. You should like <subject> and <animal_s>, and you must be able to <chore> and to \
-<chore2>. We pay <hundred> pounds a week and give you <food> and <drink>. [A room is free.|You \
-can come by <vehicle>.] Please write to Mrs <surname>, <n2> <Flower> Road.""",
+<chore2>. We pay <hundred> pounds a week and give you <food> and <drink>. [A room is free.|You can \
+come by <vehicle>.] Please write to Mrs <surname>, <n2> <Flower> Road.""",
 )
 
 DIALOGUES = (
@@ -331,13 +308,13 @@ Clerk: Here you are. Have a good <daytime>!""",
 <Name2>: All right. But then you <chore2> for me.
 <Name>: [Of course.|If I must.|That is not fair!] Shall we meet at <hour>?
 <Name2>: Yes, at <hour>, and bring some <food>.""",
-    """"What is the matter?" asked the doctor. "I cannot sleep," said <name>. "Since <month> \
-there is <a_animal> in my <room>, and it [sings|dances|talks to my <pet>] all night." The doctor \
-looked at <him> <manner>. "Drink a cup of <drink> at <hour> o'clock and eat <n> <fruit_s> a day," \
-said the doctor. "And the <animal>?" asked <name>. "Give it some <fruit_s> too." A week later the \
+    """"What is the matter?" asked the doctor. "I cannot sleep," said <name>. "Since <month> there \
+is <a_animal> in my <room>, and it [sings|dances|talks to my <pet>] all night." The doctor looked \
+at <him> <manner>. "Drink a cup of <drink> at <hour> o'clock and eat <n> <fruit_s> a day," said \
+the doctor. "And the <animal>?" asked <name>. "Give it some <fruit_s> too." A week later the \
 <animal> slept, and so did <name>.""",
-    """Question from <name>, <town>: My <tree> tree is <n> years old and has no leaves. I water \
-it every <day>. What is wrong?
+    """Question from <name>, <town>: My <tree> tree is <n> years old and has no leaves. I water it \
+every <day>. What is wrong?
 
 Answer from <name2>, <job>: [Too much water is bad for it.|It may need more light.|The ground is \
 too cold.] Wait until <month>, then cut it with <a_look> knife. If you find <animal_s> in it, put \
@@ -409,10 +386,6 @@ Q: How many <animal_s> and <animal2_s> are there together? A: <n+n2>
 Q: Where do the <animal_s> live? A: by the <land>
 Q: What do they eat? A: <fruit_s>
 Q: Are there <pet_s> at the zoo? A: [no|the text does not say]""",
-    """What am I? I am <colour> and <size>. <A_job> gave me to <a_relation>. I am made of \
-<material>, and I stand <spot>. I have <n> legs and <n2> buttons. In <season> I am used every \
-<daytime>, and in <season2> I am forgotten. <Name> of <town> could not guess it and was <mood>, \
-but <his> <relation2> knew it at once. I am <a_look> <thing>!""",
     """The <Colour> <Thing> (a song from <town>)
 
 I had <a_thing> of <colour> and gold,

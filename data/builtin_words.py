@@ -3,8 +3,8 @@
 A template is plain text with two marks. `[one|two|three]` picks one of its alternatives; `<thing>`
 draws a word of that category and remembers it, so that `<thing>` further down is the same thing and
 `<thing2>` is another one. `<a_thing>` adds the article, `<thing_s>` is the plural, `<Thing>` is
-capitalised, `<he>`, `<him>` and `<his>` follow `<name>` (`<he2>` follows `<name2>`), `<n+n2>` is a
-sum. A drawn word may hold marks itself: the word lists are a context-free grammar with a memory.
+capitalised, `<he>`, `<him>` and `<his>` follow `<name>`, and `<n+n2>` is a sum. Phrases may hold
+marks themselves, so the lists are a context-free grammar with a memory.
 
 Only `random.Random(str)` and its `random()` are used: of Python's generator those two are promised
 to stay the same for ever, while `choice`, `shuffle` and `randrange` may change between versions.
@@ -17,151 +17,200 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-GIRLS = (
-    "Ada Anna Bea Clara Dora Ella Emma Eva Fay Greta Hanna Ida Iris Julia Kate Lena Lily Maya Mia "
-    "Nina Nora Olga Rosa Ruth Sara Sofia Tess Vera Wanda Zoe"
-).split()
-BOYS = (
-    "Adam Alan Ben Carl David Emil Erik Felix Finn George Hugo Ivan Jack Jonas Karl Leo Luca Mark "
-    "Max Noah Omar Oscar Paul Peter Ravi Sam Tom Victor Will Yusuf"
-).split()
+_WORDS = {
+    "girl": "Ada Anna Bea Clara Dora Ella Emma Eva Fay Greta Hanna Ida Iris Julia Kate Lena Lily "
+    "Maya Mia Nina Nora Olga Rosa Ruth Sara Sofia Tess Vera Wanda Zoe",
+    "boy": "Adam Alan Ben Carl David Emil Erik Felix Finn George Hugo Ivan Jack Jonas Karl Leo "
+    "Luca Mark Max Noah Omar Oscar Paul Peter Ravi Sam Tom Victor Will Yusuf",
+    "surname": "Baker Brook Carter Dale Fisher Field Gray Hill Hunter Lake Mason Miller Moor North "
+    "Park Potter Reed Rivers Shaw Stone Taylor Turner Vale Ward West Winter Wood Young",
+    "townstart": "Ash Birch Black Clear Cold Deep East Elm Fair Fox Green Grey High Long Maple "
+    "Mill New North Oak Old Red Rose Salt Sand Silver South Stone Summer Swan West White Winter",
+    "townend": "bridge brook bury dale field ford gate ham haven hill mouth port ton well wood",
+    "colour": "red blue green yellow white black brown grey orange purple pink golden",
+    "size": "small large tiny huge little big heavy",
+    "look": "old new bright plain round broken shiny dusty wooden painted simple strange pretty "
+    "clean empty elegant ugly",
+    "kind": "kind clever shy brave friendly patient cheerful quiet careful funny gentle proud",
+    "mood": "happy sad tired proud hungry angry nervous calm curious lonely excited glad",
+    "thing": "lamp clock kettle basket umbrella key ring book map mirror drum flute kite bell "
+    "candle blanket bottle box brush bucket button camera chair coin comb cup doll envelope hammer "
+    "hat helmet jar knife ladder letter mug needle oar pan pencil pillow plate pot radio rope "
+    "ruler scarf shell shovel spoon stamp telescope ticket torch vase violin wallet watch whistle "
+    "apron axe",
+    "animal": "cat dog horse cow goat hen duck goose rabbit mouse owl fox wolf bear otter badger "
+    "hedgehog squirrel frog crow eagle swan donkey pig turtle snake lizard beaver seal ant",
+    "pet": "cat dog rabbit parrot hamster pony turtle goldfinch kitten puppy owl donkey",
+    "fruit": "apple pear plum cherry peach lemon orange banana melon fig grape apricot strawberry "
+    "mango",
+    "vegetable": "carrot onion potato leek turnip tomato cabbage pepper bean beetroot pea",
+    "herb": "parsley mint thyme basil sage dill rosemary",
+    "food": "bread cheese toast rice honey butter porridge salad fish cake pie pasta yoghurt jam",
+    "drink": "tea coffee milk water juice cocoa lemonade cider",
+    "tree": "oak elm ash birch pine willow maple beech alder apple",
+    "flower": "rose tulip lily daisy iris poppy violet aster orchid sunflower",
+    "place": "market school library station bridge harbour park mill church museum bakery garden "
+    "square inn farm hospital bank theatre workshop castle",
+    "room": "kitchen attic cellar hall bedroom study bathroom garage office",
+    "land": "river lake forest hill valley island desert beach mountain meadow marsh cliff",
+    "job": "baker teacher doctor nurse farmer painter tailor driver singer writer sailor carpenter "
+    "gardener engineer miller cook actor clerk judge potter artist",
+    "relation": "sister brother mother father aunt uncle cousin grandmother grandfather",
+    "subject": "history music maths science art geography reading sport chemistry",
+    "game": "chess football tennis cards hockey darts golf marbles",
+    "season": "spring summer autumn winter",
+    "month": "January February March April May June July August September October November "
+    "December",
+    "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
+    "daytime": "morning afternoon evening",
+    "weather": "sunny cloudy windy rainy foggy snowy stormy warm cold frosty",
+    "material": "wood glass iron paper stone wool cotton silver clay leather",
+    "vehicle": "train bus boat bicycle car cart lorry tram ferry taxi",
+    "manner": "slowly quickly quietly carefully gently calmly patiently",
+    "direction": "north south east west",
+    "number": "two three four five six seven eight nine ten twelve",
+    "ordinal": "first second third fourth fifth sixth",
+    "item": "item order user file word line record price score point message task event page "
+    "player student city sensor row token",
+    "field": "name size count colour weight owner status title length height level group label "
+    "rank speed total",
+    "module": "shop garden library school station kitchen museum bakery harbour bank zoo theatre",
+    "quality": "long short new valid heavy cheap empty public active ready",
+}
+_PHRASES = {
+    "spot": """
+        under the bed
+        behind the door
+        on the table
+        in the drawer
+        by the window
+        near the stove
+        on the top shelf
+        inside the old box
+        at the bottom of the bag
+        next to the sink""",
+    "lost": """
+        <he> had left it in the <room>
+        the wind had carried it away
+        <a_animal> had taken it
+        it had fallen behind the <look2> <thing3>
+        <name2> had borrowed it
+        it was still at the <place2>
+        <his> <relation2> had sold it to <a_job>
+        it was in <his> own pocket""",
+    "event": """
+        <He> met <a_job> who was carrying <a_colour3> <thing4>.
+        It began to rain, so <he> waited in the <place3>.
+        A <size3> dog barked at <him>, but <he> was not afraid.
+        <He> stopped to eat <a_fruit> and drink some <drink>.
+        On the way <he> counted <number3> <animal3_s> in a field.
+        The bell of the church rang <number4> times.
+        <He> saw <a_animal2> sleeping under <a_tree2> tree.
+        The road was long, and <his> feet were soon tired.
+        <A_kind3> woman asked <him> the way to the <place4>.
+        <He> sang a song about the <land3>.
+        A <vehicle3> went by with a loud noise.
+        <He> found a coin and put it into <his> pocket.
+        There was a smell of <food3> in the air.
+        Somebody had painted the old bridge <colour4>.
+        <He> thought of <his> <relation2>, who was <mood3>.
+        <A_kind4> <job3> gave <him> some <fruit4_s>.
+        The sun went down behind the <tree3> trees.
+        <He> lost <his> hat and had to walk back.
+        Two children were playing <game2> in the street.
+        <He> read a sign that said: "No <animal4_s>!"
+        It was <month2>, and the <flower2_s> were <colour5>.
+        A letter from <town3> was waiting for <him>.
+        <He> sat down on <a_look3> chair and closed <his> eyes.
+        A boy wanted to sell <him> <a_thing5> for <price3> coins.""",
+    "ending": """
+        That night <name> slept well.
+        <Name> never forgot that day.
+        From then on they were friends.
+        And <he> told the story for many years.
+        When <he> came home, the <food> was still warm.
+        After that, <he> was always careful.
+        Everyone in <town> heard about it.
+        <His> <relation> laughed and gave <him> a hug.
+        It was the best day of the <season>.
+        Nobody in <town> ever believed it.
+        Then it was time to go to bed.
+        And what became of the <animal5>? Nobody knows.
+        On <day3> <he> told <his> teacher everything.
+        The moon was <colour6> that night.
+        <He> wrote it all down in <a_size2> book.""",
+    "remark": """
+        The people there are <kind4>.
+        In <season4> it is often <weather4>.
+        Every <day4> there is a concert near the <place4>.
+        Many visitors come by <vehicle4>.
+        The oldest <tree4> tree is <hundred4> years old.
+        Its <food4> is known in the whole country.
+        Children like to play by the <land4>.
+        On the main street <a_job4> sells <colour4> <thing4_s>.
+        There are <n4> bridges and <n5> mills.
+        A statue of <a_job5> stands on the square.
+        Its <fruit4_s> are the best in the <direction4>.
+        In <year4> a fire destroyed the <place5>.
+        <Animal4_s> live in the old <tree5> trees.
+        The houses are built of <material4>.""",
+    "opinion": """
+        It was worth every penny.
+        I would not buy it again.
+        My <relation4> liked it even more than I did.
+        I can recommend it to everyone.
+        It was good, but a little too expensive.
+        We will come back next <season4>.
+        I expected more.
+        <Name4> says that in <town4> it is cheaper.
+        The <colour4> one is even better.
+        Ask for <name4>, who is very <kind4>.
+        It made my <day4>.""",
+    "chore": """
+        wash the dishes
+        feed the <pet>
+        water the <flower_s>
+        sweep the <room>
+        buy some <food4>
+        repair the <thing4>
+        write to <name4>
+        paint the <room4>
+        bring back the <thing5>
+        clean the windows
+        bake some bread
+        call the <job4>
+        look for the <pet2>
+        cut the <tree4> tree
+        learn <subject4>
+        pay the <job5>""",
+}
+_NUMBERS = {
+    "n": range(2, 10),
+    "age": range(6, 15),
+    "oldage": range(31, 90),
+    "hour": range(1, 12),
+    "minute": range(10, 60, 5),
+    "price": range(2, 60),
+    "grams": range(50, 650, 50),
+    "hundred": range(110, 990, 10),
+    "date": range(1, 29),
+    "year": range(1820, 2000),
+    "recent": range(2001, 2027),
+}
+WORDS: dict[str, Sequence[str]] = {
+    **{category: words.split() for category, words in _WORDS.items()},
+    **{
+        category: [line.strip() for line in lines.split("\n")[1:]]
+        for category, lines in _PHRASES.items()
+    },
+    **{category: [str(number) for number in numbers] for category, numbers in _NUMBERS.items()},
+}
+WORDS["name"] = [*WORDS["girl"], *WORDS["boy"]]
+WORDS["town"] = [start + end for start in WORDS["townstart"] for end in WORDS["townend"]]
 PRONOUNS = {"he": ("she", "he"), "him": ("her", "him"), "his": ("her", "his")}
 
-_TOWN_STARTS = (
-    "Ash Birch Black Clear Cold Deep East Elm Fair Fox Green Grey High Long Maple Mill New North "
-    "Oak Old Red Rose Salt Sand Silver South Stone Summer Swan West White Winter"
-).split()
-_TOWN_ENDS = "bridge brook bury dale field ford gate ham haven hill mouth port ton well wood".split()
-
-WORDS: dict[str, Sequence[str]] = {
-    "name": GIRLS + BOYS,
-    "surname": (
-        "Baker Brook Carter Dale Fisher Field Gray Hill Hunter Lake Mason Miller Moor North Park "
-        "Potter Reed Rivers Shaw Stone Taylor Turner Vale Ward West Winter Wood Young"
-    ).split(),
-    "town": [start + end for start in _TOWN_STARTS for end in _TOWN_ENDS],
-    "colour": "red blue green yellow white black brown grey orange purple pink golden".split(),
-    "size": "small large tiny huge little tall short wide narrow heavy".split(),
-    "look": (
-        "old new bright plain round broken shiny dusty wooden painted simple strange pretty clean "
-        "empty elegant ugly"
-    ).split(),
-    "kind": "kind clever shy brave friendly patient cheerful quiet careful funny gentle proud".split(),
-    "mood": "happy sad tired proud hungry angry nervous calm curious lonely excited glad".split(),
-    "thing": (
-        "lamp clock kettle basket umbrella key ring book map mirror drum flute kite bell candle "
-        "blanket bottle box brush bucket button camera chair coin comb cup doll envelope hammer "
-        "hat helmet jar knife ladder letter mug needle oar pan pencil pillow plate pot radio rope "
-        "ruler scarf shell shovel spoon stamp telescope ticket torch vase violin wallet watch "
-        "whistle apron axe"
-    ).split(),
-    "animal": (
-        "cat dog horse cow goat hen duck goose rabbit mouse owl fox wolf bear otter badger "
-        "hedgehog squirrel frog crow eagle swan donkey pig turtle snake lizard beaver seal ant"
-    ).split(),
-    "pet": "cat dog rabbit parrot hamster pony turtle goldfinch kitten puppy owl donkey".split(),
-    "fruit": (
-        "apple pear plum cherry peach lemon orange banana melon fig grape apricot strawberry mango"
-    ).split(),
-    "vegetable": "carrot onion potato leek turnip tomato cabbage pepper bean beetroot pea".split(),
-    "herb": "parsley mint thyme basil sage dill rosemary chives".split(),
-    "food": (
-        "bread cheese soup rice honey butter porridge salad fish cake pie pasta yoghurt jam"
-    ).split(),
-    "drink": "tea coffee milk water juice cocoa lemonade cider".split(),
-    "tree": "oak elm ash birch pine willow maple beech alder apple".split(),
-    "flower": "rose tulip lily daisy iris poppy violet aster orchid sunflower".split(),
-    "place": (
-        "market school library station bridge harbour park mill church museum bakery garden "
-        "square inn farm hospital bank theatre workshop castle"
-    ).split(),
-    "room": "kitchen attic cellar hall bedroom study bathroom garage office".split(),
-    "spot": (
-        "under the bed|behind the door|on the table|in the drawer|by the window|near the stove|"
-        "on the top shelf|inside the old box|at the bottom of the bag|next to the sink"
-    ).split("|"),
-    "land": "river lake forest hill valley island desert beach mountain meadow marsh cliff".split(),
-    "job": (
-        "baker teacher doctor nurse farmer painter tailor driver singer writer sailor carpenter "
-        "gardener engineer miller cook actor clerk judge potter artist"
-    ).split(),
-    "relation": "sister brother mother father aunt uncle cousin grandmother grandfather".split(),
-    "subject": "history music maths science art geography reading sport chemistry".split(),
-    "game": "chess football tennis cards hockey darts golf marbles".split(),
-    "season": "spring summer autumn winter".split(),
-    "month": (
-        "January February March April May June July August September October November December"
-    ).split(),
-    "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
-    "daytime": "morning afternoon evening".split(),
-    "weather": "sunny cloudy windy rainy foggy snowy stormy warm cold frosty".split(),
-    "material": "wood glass iron paper stone wool cotton silver clay leather".split(),
-    "vehicle": "train bus boat bicycle car cart lorry tram ferry taxi".split(),
-    "manner": "slowly quickly quietly carefully happily gently suddenly proudly".split(),
-    "direction": "north south east west".split(),
-    "n": [str(n) for n in range(2, 10)],
-    "age": [str(n) for n in range(6, 15)],
-    "oldage": [str(n) for n in range(31, 90)],
-    "hour": [str(n) for n in range(1, 12)],
-    "minute": [str(n) for n in range(10, 60, 5)],
-    "price": [str(n) for n in range(2, 60)],
-    "grams": [str(n) for n in range(50, 650, 50)],
-    "hundred": [str(n) for n in range(110, 990, 10)],
-    "year": [str(n) for n in range(1820, 2010)],
-    "date": [str(n) for n in range(1, 29)],
-    "number": "two three four five six seven eight nine ten twelve".split(),
-    "ordinal": "first second third fourth fifth sixth".split(),
-    "item": (
-        "item order user file word line record price score point message task event page player "
-        "student city sensor row token"
-    ).split(),
-    "field": (
-        "name size count colour weight owner status title length height level group label rank "
-        "speed total"
-    ).split(),
-    "module": "shop garden library school station kitchen report weather game bank zoo".split(),
-    "quality": "long short new valid heavy cheap empty public active ready".split(),
-    "lost": (
-        "<he> had left it in the <room>|the wind had carried it away|<a_animal> had taken it|"
-        "it had fallen behind the <look2> <thing3>|<name2> had borrowed it|"
-        "it was still at the <place2>"
-    ).split("|"),
-    "event": (
-        "<He> met <a_job> who was carrying <a_colour3> <thing4>.|It began to rain, so <he> waited "
-        "in the <place3>.|A <size3> dog barked at <him>, but <he> was not afraid.|<He> stopped to "
-        "eat <a_fruit> and drink some <drink>.|On the way <he> counted <number3> <animal3_s> in a "
-        "field.|The bell of the church rang <number4> times.|<He> saw <a_animal2> sleeping under "
-        "<a_tree2> tree.|The road was long, and <his> feet were soon tired.|<A_kind3> woman asked "
-        "<him> the way to the <place4>.|<He> sang a song about the <land3>.|A <vehicle3> went by "
-        "with a loud noise.|<He> found a coin and put it into <his> pocket."
-    ).split("|"),
-    "ending": (
-        "That night <name> slept well.|<Name> never forgot that day.|From then on they were "
-        "friends.|And <he> told the story for many years.|When <he> came home, the <food> was "
-        "still warm.|After that, <he> was always careful.|Everyone in <town> heard about it.|"
-        "<His> <relation> laughed and gave <him> a hug.|It was the best day of the <season>."
-    ).split("|"),
-    "remark": (
-        "The people there are <kind4>.|In <season4> it is often <weather4>.|Every <day4> there is a "
-        "concert near the <place4>.|Many visitors come by <vehicle4>.|The oldest <tree4> tree is "
-        "<hundred4> years old.|Its <food4> is known in the whole country.|Children like to play by "
-        "the <land4>.|On the main street <a_job4> sells <colour4> <thing4_s>."
-    ).split("|"),
-    "opinion": (
-        "It was worth every penny.|I would not buy it again.|My <relation4> liked it even more than "
-        "I did.|I can recommend it to everyone.|It was good, but a little too expensive.|We will "
-        "come back next <season4>.|I expected more."
-    ).split("|"),
-    "chore": (
-        "wash the dishes|feed the <pet>|water the <flower_s>|sweep the <room>|buy some <food4>|"
-        "repair the <thing4>|write to <name4>|paint the <room4>|bring back the <thing5>|"
-        "clean the windows|bake some bread|call the <job4>"
-    ).split("|"),
-}  # fmt: skip
-
 _IRREGULAR = {
-    "mouse": "mice", "goose": "geese", "knife": "knives", "fish": "fish", "wolf": "wolves",
-    "scarf": "scarves",
+    "mouse": "mice", "goose": "geese", "knife": "knives", "wolf": "wolves", "scarf": "scarves",
 }  # fmt: skip
 _CHOICE = re.compile(r"\[([^\[\]]*\|[^\[\]]*)\]")
 _MARK = re.compile(r"<(?:(n\d?)\+(n\d?)|([aA]_)?([A-Za-z][a-z]*)(\d?)(_s)?)>")
@@ -229,7 +278,7 @@ class _Page:
         key = category + slot
         if key not in self.words:
             if category in PRONOUNS:
-                self.words[key] = PRONOUNS[category][self.word("name", slot) in BOYS]
+                self.words[key] = PRONOUNS[category][self.word("name", slot) in WORDS["boy"]]
             else:
                 self.drawn[key] = word = self._new_word(category)
                 self.words[key] = self.fill(word) if "<" in word else word

@@ -1,31 +1,24 @@
-"""Conversations for SFT: rows of any common shape -> messages -> tokens -> packed rows.
+"""Conversations from rows of any common shape, tokenized once.
 
-    files, hub, built-in --> messages --> tokens, learned --> cache, one file a source
-                                                                |
-    [Batch, Batch, ...] of one step <-- rows <-- best fit over the epoch's order
-
-A conversation is never cut across rows, so rows are planned from lengths: each epoch is shuffled,
-and each conversation put where it leaves the least room (`packing.best_fit`). The plan follows from
-the data, the seed and the epoch, so the loader's state is (epoch, row). The row after an epoch's
-last is the next epoch's first: no step is short.
+    files, hub, built-in --> to_messages --> check --> render --> tokens, learned --> cache
 
 Nothing is left out silently. Rows that cannot be used and conversations that are too long are
 counted by reason and told with the first row numbers (from 0), also when they come from the cache.
 
 Held-out conversations are chosen by a hash of what is asked in them, so two answers to one question
-are on the same side. The cache's name carries a digest of everything that decides its content.
+are on the same side. The cache is one file for each source; its name carries a digest of everything
+that decides its content. Everything is in memory: 3 bytes a token, 1 GB for smol-smoltalk.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import safetensors
@@ -33,21 +26,36 @@ import safetensors.numpy
 from tqdm import tqdm
 
 from data import builtin, builtin_tasks
-from data.chat import SHAPES, ChatTemplate, Message, check_messages, render_many, to_messages
-from data.packing import IGNORE, Batch, Piece, best_fit, cut_document, make_batch
-from data.shards import HASH_RANGE, is_held_out
-from data.sources import BrokenRow, Record, SourceConfig, list_files, read_records
+from data.chat import (
+    SHAPES,
+    ChatTemplate,
+    Message,
+    Rendered,
+    check_messages,
+    render_many,
+    to_messages,
+)
+from data.packing import IGNORE, Piece, cut_document
+from data.shards import is_held_out, write_atomic
+from data.sources import (
+    BUILTIN_PREFIX,
+    BrokenRow,
+    Record,
+    SourceConfig,
+    SourceFile,
+    list_files,
+    read_records,
+)
 from data.tokenizer import Tokenizer
 from utils.config import Config, ConfigError, Problem
 from utils.logging import get_logger
-from utils.seed import derive, shuffle_order
 
 FORMAT = 1
 BUILTIN = "builtin:chats"
-BUILTIN_ROWS = {"train": 20_000, "heldout": 1_000}
 HUB_PREFIX = "hub:"
 CHUNK = 1_000  # conversations encoded at a time
 ROWS_TOLD = 5
+TENSORS = ("tokens", "learned", "ends", "held_out", "keys")
 
 
 class ChatSource(Config):
@@ -70,6 +78,8 @@ class ChatSource(Config):
     def problems(self) -> Iterator[Problem]:
         if not self.weight > 0:
             yield Problem(("weight",), f"weight ({self.weight}) must be above 0")
+        if self.path.startswith(BUILTIN_PREFIX) and self.path != BUILTIN:
+            yield Problem(("path",), f"path ('{self.path}'): the built-in chats are '{BUILTIN}'")
         if not self.name.replace("-", "_").isidentifier():
             yield Problem(("name",), f"name ('{self.name}') must be letters, digits, '-' and '_'")
 
@@ -177,10 +187,9 @@ def _excerpt(record: Record) -> str:
 
 def _records(source: ChatSource) -> Iterator[tuple[str, Record | BrokenRow, bool | None]]:
     if source.path == BUILTIN:
-        for split, rows in BUILTIN_ROWS.items():
+        for split, rows in builtin_tasks.N_EXAMPLES.items():
             for i in range(rows):
-                chat = {"messages": builtin_tasks.chat(split, i)}
-                yield f"{split} row {i}", chat, split == "heldout"
+                yield f"{split} row {i}", builtin_tasks.chat(split, i), split == "heldout"
     elif source.path.startswith(HUB_PREFIX):
         for i, record in enumerate(_hub_dataset(source)):
             yield f"row {i}", record, None
@@ -188,3 +197,197 @@ def _records(source: ChatSource) -> Iterator[tuple[str, Record | BrokenRow, bool
         for file in _files(source):
             for i, record in enumerate(read_records(source.name, file)):
                 yield f"{file.name} row {i}", record, None
+
+
+def _files(source: ChatSource) -> list[SourceFile]:
+    files = list_files(SourceConfig(name=source.name, path=source.path, weight=source.weight))
+    files = [file for file in files if ".txt" not in Path(file.path).suffixes]
+    if not files:
+        raise ConfigError(
+            f"source '{source.name}': only txt files at '{source.path}', which cannot tell a "
+            "question from an answer; give jsonl, json or parquet"
+        )
+    return files
+
+
+def _hub_dataset(source: ChatSource) -> Any:
+    """A dataset of the hub: downloaded once, then read from the hub library's own cache."""
+    import datasets
+
+    name = source.path.removeprefix(HUB_PREFIX)
+    try:
+        return datasets.load_dataset(name, source.subset, split=source.split)
+    except Exception as error:  # the library raises many kinds; all mean the same to a user
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"source '{source.name}': could not get '{name}' (split '{source.split}') from the "
+            f"hub: {reason}. Check the id, split, subset and network; for a gated one run "
+            "`hf auth login`; or download its files and give their folder as the path"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------
+# Messages to tokens
+
+
+@dataclass
+class Conversations:
+    """A source's conversations laid end to end: number i is tokens[ends[i-1] : ends[i]].
+
+    Attributes:
+        learned: for each token, whether it is to be learned.
+        held_out: for each conversation, whether it is kept out of training.
+        keys: for each conversation, 32 bits of a hash of its content.
+    """
+
+    source: ChatSource
+    tokens: np.ndarray
+    learned: np.ndarray
+    ends: np.ndarray
+    held_out: np.ndarray
+    keys: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens that each takes in a row: its last token is only ever a target."""
+        return np.diff(self.ends, prepend=0) - 1
+
+    def slice(self, index: int) -> slice:
+        """Where conversation `index` lies in `tokens` and `learned`."""
+        return slice(int(self.ends[index - 1]) if index > 0 else 0, int(self.ends[index]))
+
+    def piece(self, index: int) -> Piece:
+        """Conversation `index` for a row, its targets those tokens that are to be learned."""
+        span = self.slice(index)
+        piece = cut_document(self.tokens[span], 0, span.stop - span.start - 1)
+        piece.targets[~self.learned[span][1:]] = IGNORE
+        return piece
+
+
+def load_conversations(
+    source: ChatSource, config: ChatDataConfig, tokenizer: Tokenizer, template: ChatTemplate
+) -> Conversations:
+    """A source's conversations, tokenized now or before, and an account of what was left out.
+
+    Raises:
+        ConfigError: unreadable, of no known shape, bad rows where `bad_rows` is fatal, or empty.
+    """
+    digest = _digest(source, config, tokenizer, template)
+    path = Path(config.cache_dir) / f"{source.name}-{digest}.safetensors"
+    if not path.exists():
+        tensors, account = _tokenize(source, config, tokenizer, template)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, safetensors.numpy.save(tensors, {"account": json.dumps(account)}))
+    with safetensors.safe_open(path, "np") as file:
+        account = json.loads(file.metadata()["account"])
+        conversations = Conversations(source, *map(file.get_tensor, TENSORS))
+    _give_account(conversations, account, config)
+    return conversations
+
+
+def _digest(
+    source: ChatSource, config: ChatDataConfig, tokenizer: Tokenizer, template: ChatTemplate
+) -> str:
+    if source.path == BUILTIN:
+        content = [builtin.VERSION, builtin_tasks.N_EXAMPLES]
+    elif source.path.startswith(HUB_PREFIX):
+        content = _hub_revision(_hub_dataset(source))
+    else:
+        content = [(file.name, file.revision) for file in _files(source)]
+    identity = {
+        "format": FORMAT,
+        "content": content,
+        "tokenizer": tokenizer.fingerprint,
+        "template": template.state_dict(),
+        "seq_len": config.seq_len,
+        "too_long": config.too_long,
+        "held_out_fraction": config.held_out_fraction,
+    }
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+
+
+def _hub_revision(dataset: Any) -> str:
+    """A digest of the number of rows and a hundred of them, read from disk in milliseconds."""
+    rows = [dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // 100))]
+    return hashlib.sha256(json.dumps([len(dataset), rows], default=str).encode()).hexdigest()
+
+
+def _tokenize(
+    source: ChatSource, config: ChatDataConfig, tokenizer: Tokenizer, template: ChatTemplate
+) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
+    """The tensors of `Conversations`, and the tallies of bad rows and of too long ones."""
+    bad, too_long = Tally(), Tally()
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    tokens, learned, held_out, keys = [np.empty(0, dtype)], [np.empty(0, bool)], [], []
+    rows = _read(source, bad)
+    with tqdm(desc=f"tokenizing {source.name}", unit=" conversations") as bar:
+        while chunk := list(islice(rows, CHUNK)):
+            all_rendered = render_many([row.messages for row in chunk], tokenizer, template)
+            for row, rendered in zip(chunk, all_rendered, strict=True):
+                if not _fit(rendered, config, too_long, row.place):
+                    continue
+                tokens.append(np.array(rendered.tokens, dtype))
+                learned.append(np.array(rendered.learned, bool))
+                held_out.append(_is_held_out(row, config.held_out_fraction))
+                keys.append(_key(row.messages))
+            bar.update(len(chunk))
+    tensors = {
+        "tokens": np.concatenate(tokens),
+        "learned": np.concatenate(learned),
+        "ends": np.cumsum([len(t) for t in tokens[1:]], dtype=np.int64),
+        "held_out": np.array(held_out, bool),
+        "keys": np.array(keys, np.uint32),
+    }
+    return tensors, {"bad": vars(bad), "too_long": vars(too_long)}
+
+
+def _fit(rendered: Rendered, config: ChatDataConfig, too_long: Tally, place: str) -> bool:
+    """Whether a conversation is kept, cut to a row's length if need be."""
+    most = config.seq_len + 1  # the last token is only ever a target
+    if len(rendered.tokens) <= most:
+        return True
+    if config.too_long == "drop":
+        too_long.add("dropped", place)
+        return False
+    del rendered.tokens[most:], rendered.learned[most:]
+    if not any(rendered.learned):
+        too_long.add("dropped, since no answer begins before the cut", place)
+        return False
+    too_long.add("truncated", place)
+    return True
+
+
+def _is_held_out(row: _Row, fraction: float) -> bool:
+    if row.held_out is not None:
+        return row.held_out
+    asked = [m["content"] for m in row.messages if m["role"] != "assistant"]
+    return is_held_out("\n".join(asked), fraction)
+
+
+def _key(messages: list[Message]) -> int:
+    digest = hashlib.blake2b(json.dumps(messages).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _give_account(
+    conversations: Conversations, account: dict[str, dict], config: ChatDataConfig
+) -> None:
+    """Log what a source holds and what was left out; refuse bad rows, or no rows at all."""
+    name = conversations.source.name
+    bad, too_long = Tally(**account["bad"]), Tally(**account["too_long"])
+    held_out = int(conversations.held_out.sum())
+    get_logger().info(
+        f"source '{name}': {len(conversations.ends):,} conversations, {held_out:,} of them held "
+        f"out; {len(conversations.tokens):,} tokens, {int(conversations.learned.sum()):,} learned"
+    )
+    if too_long.counts:
+        get_logger().warning(f"source '{name}', longer than {config.seq_len:,} tokens: {too_long}")
+    if bad.counts and config.bad_rows == "fatal":
+        raise ConfigError(
+            f"source '{name}', rows that cannot be used: {bad}. "
+            "Mend or remove them, or set data.bad_rows to skip"
+        )
+    if bad.counts:
+        get_logger().warning(f"source '{name}', rows skipped: {bad}")
+    if held_out == len(conversations.ends):
+        raise ConfigError(f"source '{name}': no conversation to train on at its path")

@@ -159,7 +159,7 @@ def best_fit(lengths: Iterable[int], seq_len: int, max_documents: int) -> list[l
     rows: list[list[int]] = []
     by_room: dict[int, list[int]] = {}  # room left -> open rows with that much
     rooms = 0  # bit r is set where by_room[r] has a row
-    for document, length in enumerate(lengths):
+    for document, length in enumerate(map(int, lengths)):
         if fitting := rooms >> length:
             room = length + (fitting & -fitting).bit_length() - 1  # the lowest bit: least room
             row = by_room[room].pop()

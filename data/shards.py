@@ -166,7 +166,7 @@ class ShardStore:
             "complete": complete,
             "shards": [asdict(s) for s in self.shards],
         }
-        _write_atomic(self.directory / "manifest.json", json.dumps(manifest, indent=1).encode())
+        write_atomic(self.directory / "manifest.json", json.dumps(manifest, indent=1).encode())
 
     def _build_remaining(self) -> None:
         last = self.shards[-1] if self.shards else None
@@ -195,7 +195,7 @@ class ShardStore:
 
     def _make(self, index: int, file: int, first_row: int, texts: list[str]) -> ShardInfo:
         data, counts = self._tokenize(texts)
-        _write_atomic(self._path(index), data)
+        write_atomic(self._path(index), data)
         sha256 = hashlib.sha256(data).hexdigest()
         return ShardInfo(file, first_row, first_row + len(texts), sha256=sha256, **counts)
 
@@ -231,7 +231,7 @@ class ShardStore:
                 f"{self.files[info.file].path} or a library has changed since. "
                 f"Delete {self.directory} to tokenize anew (the run's data order starts over)"
             )
-        _write_atomic(self._path(index), data)
+        write_atomic(self._path(index), data)
         return data
 
     def _write_held_out(self) -> None:
@@ -241,7 +241,7 @@ class ShardStore:
                 held_out = _documents(self._load(index), "held_out_")
                 documents += [held_out[i] for i in range(len(held_out))]
         data = safetensors.numpy.save(self._tensors(documents, ""))
-        _write_atomic(self.directory / "held_out.safetensors", data)
+        write_atomic(self.directory / "held_out.safetensors", data)
 
 
 def is_held_out(text: str, fraction: float) -> bool:
@@ -267,7 +267,7 @@ def _split_by_bytes(rows: Iterator[str], limit: int) -> Iterator[list[str]]:
         yield texts
 
 
-def _write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes) -> None:
     """The file appears whole or not at all, whatever happens in between."""
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -166,6 +166,40 @@ def build_model(config: ModelConfig, runtime: RuntimeConfig, dist: Distributed) 
     return model
 
 
+def load_base(args: CommandLine, stages: Sequence[str], model: ModelConfig) -> dict:
+    """The checkpoint that a stage starts from.
+
+    Raises:
+        ConfigError: none given, of a stage that is not among `stages`, or of another shape.
+    """
+    wanted = f"a {' or '.join(stages)} checkpoint, such as runs/NAME/{stages[0]}_final.pt"
+    path = args.base_model
+    if path is None:
+        raise ConfigError(f"--base-model is missing: this stage starts from {wanted}")
+    base = checkpoint.load(path)
+    if base["stage"] not in stages:
+        raise CheckpointError(
+            f"--base-model {path} is of stage '{base['stage']}', but this one starts from {wanted}"
+        )
+    differences = [
+        f"{key}: {value} in the config, {base['model_config'].get(key)} in the checkpoint"
+        for key, value in plain(model).items()
+        if value != base["model_config"].get(key)
+    ]
+    if differences:
+        raise ConfigError(
+            "\n  ".join([f"the config's model is not that of --base-model {path}:", *differences])
+            + "\nset model: to the file that the checkpoint was trained with"
+        )
+    return base
+
+
+def with_steps(config: Config, steps: int) -> Config:
+    """The config with its length in steps: what epochs are once the data is known."""
+    train = config.train.model_copy(update={"steps": steps, "tokens": None, "epochs": None})
+    return config.model_copy(update={"train": train})
+
+
 def open_run(
     args: CommandLine, config: Config, stage: str, dist: Distributed
 ) -> tuple[RunDirectory, Checkpointer, dict | None]:
@@ -210,21 +244,32 @@ def _check_state(
     check_resume(state["config"], values, may_change)
 
 
-def restore(training: Training, args: CommandLine, state: dict | None, decay_now: bool) -> None:
-    """Put a checkpoint's state into a freshly built training; `--resume-from` may branch a decay."""
+def restore(training: Training, args: CommandLine, state: dict | None) -> None:
+    """Put a checkpoint's state into a freshly built training.
+
+    With `--resume-from` the config's own rates hold, and `schedule.decay_now` begins the decay.
+    """
     if state is None:
         return
+    optimizer = training.optimizer
+    configured = [
+        {key: group[key] for key in ("initial_lr", "weight_decay", "betas", "eps")}
+        for group in optimizer.param_groups
+    ]
     training.load_state_dict(state)
-    if args.resume_from:
-        training.evaluated_at = -1
-        if decay_now:
-            training.schedule.branch(training.step)
-        tokens_per_step = training.tokens // max(1, training.step)
-        training.cost.total_tokens = training.schedule.total_steps * tokens_per_step
-        get_logger().info(
-            f"branching off {args.resume_from} at step {training.step:,}, "
-            f"to end at step {training.schedule.total_steps:,}"
-        )
+    if not args.resume_from:
+        return
+    for group, values in zip(optimizer.param_groups, configured, strict=True):
+        group.update(values)
+    training.evaluated_at = -1
+    if training.schedule.config.decay_now:
+        training.schedule.branch(training.step)
+    tokens_per_step = training.tokens // max(1, training.step)
+    training.cost.total_tokens = training.schedule.total_steps * tokens_per_step
+    get_logger().info(
+        f"branching off {args.resume_from} at step {training.step:,}, "
+        f"to end at step {training.schedule.total_steps:,}"
+    )
 
 
 def make_cost_tracker(config: Config, dist: Distributed) -> CostTracker:

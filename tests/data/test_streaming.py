@@ -45,7 +45,7 @@ def config(folder) -> DataConfig:
         seq_len=64,
         max_documents_per_row=8,
         shard_megabytes=0.002,
-        held_out_fraction=0.1,
+        held_out_fraction=0.3,
     )
 
 

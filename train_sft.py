@@ -1,0 +1,171 @@
+"""Fine-tune a base model on conversations, so that it answers and stops.
+
+    python train_sft.py --config configs/demo/sft.yaml \\
+        --base-model runs/demo/pretrain/pretrain_final.pt                     # CPU, 90 seconds
+    python train_sft.py --config configs/sft_160m.yaml --dry-run              # what it would cost
+    python train_sft.py --config configs/sft_160m.yaml \\
+        --base-model runs/pretrain_160m/pretrain_160m_final.pt                # start
+    python train_sft.py --config configs/sft_160m.yaml --resume               # go on after a stop
+
+Any key of the config can be given as key=value: optim.lr=3e-4 train.epochs=1.
+
+What it learns is cross-entropy on the assistant's tokens alone, the end of its turn included. The
+tokenizer comes with the base model, which may be a pretrain or an sft checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+from data.chat import ChatTemplate
+from data.chat_loader import ChatLoader, Question, choose_questions, held_out_batches
+from data.conversations import ChatDataConfig, Conversations, load_conversations
+from data.streaming import Prefetcher
+from data.tokenizer import Tokenizer
+from models.config import ModelConfig
+from optim.optimizer import OptimConfig, make_optimizer
+from optim.scheduler import Schedule, ScheduleConfig
+from train import setup
+from train.chat_evals import ChatEvalConfig, answer_questions, few_shot_exact_match
+from train.evals import held_out_loss
+from train.loop import Training, fit
+from train.loss import cross_entropy_loss
+from train.setup import EpochTrainConfig, RuntimeConfig
+from utils.config import (
+    Config,
+    ConfigError,
+    Problem,
+    load_config,
+    parse_command_line,
+    plain,
+    run_script,
+)
+from utils.cost_tracker import CostConfig
+from utils.distributed import Distributed
+from utils.logging import MetricsLog, get_logger
+
+STAGE = "sft"
+BASE_STAGES = ("pretrain", "sft")
+SHOTS = 3  # solved examples that the base model is measured with
+
+
+class SFTConfig(Config):
+    """One SFT run; each section is documented where it is used."""
+
+    name: str
+    """The run's folder under `runs_dir`, and the name of its final checkpoint."""
+    runs_dir: str = "runs"
+    seed: int = 0
+    model: ModelConfig
+    """The base model's shape."""
+    data: ChatDataConfig
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: EpochTrainConfig
+    eval: ChatEvalConfig = ChatEvalConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    cost: CostConfig = CostConfig()
+
+    def problems(self) -> Iterator[Problem]:
+        yield from setup.shape_problems(self.train, self.data.seq_len, self.model)
+
+
+def main(argv: list[str]) -> None:
+    args = parse_command_line(__doc__, base_model=True, argv=argv)
+    config = load_config(SFTConfig, args.config, args.overrides)
+    if args.dry_run:
+        setup.print_plan(setup.with_steps(config, expected_steps(config)), config.data.seq_len)
+        return
+
+    dist = setup.start_devices(config.runtime, config.seed)
+    run, checkpointer, state = setup.open_run(args, config, STAGE, dist)
+
+    base = state or setup.load_base(args, BASE_STAGES, config.model)
+    tokenizer = Tokenizer.from_state(base["tokenizer"])
+    template = ChatTemplate.of(tokenizer)
+    sources = prepare_conversations(config.data, tokenizer, template, dist)
+    loader = ChatLoader(
+        sources,
+        config.data,
+        config.seed,
+        rows_per_step=config.train.batch_tokens // config.data.seq_len,
+        micro_batch=config.train.micro_batch,
+        rank=dist.rank,
+        world_size=dist.world_size,
+    )
+    get_logger().info(loader.describe())
+    held_out = held_out_batches(sources, config.data, config.train.micro_batch)
+    if config.train.epochs is not None:
+        config = setup.with_steps(config, loader.steps(config.train.epochs))
+
+    model = setup.build_model(config.model, config.runtime, dist)
+    model.load_state_dict(base["model"])
+    optimizer = make_optimizer(model.named_parameters(), config.optim)
+    schedule = Schedule(config.schedule, config.train.total_steps)
+    training = Training(
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        loader=Prefetcher(loader),
+        cost=setup.make_cost_tracker(config, dist),
+        identity={
+            "stage": STAGE,
+            "model_config": plain(config.model),
+            "tokenizer": tokenizer.state_dict(),
+            "chat_template": template.state_dict(),
+            "config": values,
+        },
+    )
+    setup.restore(training, args, state)
+
+    metrics, samples = MetricsLog(run.metrics), MetricsLog(run.samples)
+    metrics.cut_back(training.step)
+    samples.cut_back(training.step)
+    evaluate = partial(
+        measure, training, sources, held_out, tokenizer, config.eval, samples, dist
+    )
+    done = fit(
+        training,
+        partial(cross_entropy_loss, z_loss=config.train.z_loss),
+        config.train,
+        checkpointer,
+        metrics,
+        dist,
+        evaluate,
+    )
+    setup.finish(training, args, run, checkpointer, dist, done)
+
+
+def expected_steps(config: SFTConfig) -> int:
+    """The length that --dry-run assumes: it has no data from which to tell an epoch's.
+
+    Raises:
+        ConfigError: the length is in epochs, and `data.expected_tokens` is not given.
+    """
+    train, tokens = config.train, config.data.expected_tokens
+    if train.epochs is None:
+        return train.total_steps
+    if tokens is None:
+        raise ConfigError(
+            "--dry-run reads no data and cannot tell how long an epoch is: give a rough "
+            "data.expected_tokens, or the length as train.steps"
+        )
+    return math.ceil(train.epochs * tokens / train.batch_tokens)
+
+
+def prepare_conversations(
+    data: ChatDataConfig, tokenizer: Tokenizer, template: ChatTemplate, dist: Distributed
+) -> list[Conversations]:
+    """The conversations of every source, tokenized by the first process and read by all."""
+    sources = []
+    if dist.is_main:
+        sources = [load_conversations(source, data, tokenizer, template) for source in data.sources]
+    dist.barrier()
+    if not dist.is_main:
+        sources = [load_conversations(source, data, tokenizer, template) for source in data.sources]
+    return sources
+
+
+def measure(...)
