@@ -48,7 +48,6 @@ from utils.config import (
 )
 from utils.cost_tracker import CostConfig
 from utils.distributed import Distributed
-from utils.logging import MetricsLog
 
 STAGE = "pretrain"
 
@@ -113,13 +112,12 @@ def main(argv: list[str]) -> None:
             "config": plain(config),
         },
     )
-    setup.restore(training, args, state)
+    setup.restore(training, state)
 
     evaluate = partial(
         held_out_loss, model, held_out, domain_shares(config.data), cross_entropy_loss, dist
     )
-    metrics = MetricsLog(run.metrics)
-    metrics.cut_back(training.step)
+    metrics = setup.open_metrics(run, training.step, dist)
     done = fit(
         training,
         partial(cross_entropy_loss, z_loss=config.train.z_loss),

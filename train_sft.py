@@ -22,6 +22,7 @@ from functools import partial
 from data.chat import ChatTemplate
 from data.chat_loader import ChatLoader, Question, choose_questions, held_out_batches
 from data.conversations import ChatDataConfig, Conversations, load_conversations
+from data.packing import Batch
 from data.streaming import Prefetcher
 from data.tokenizer import Tokenizer
 from models.config import ModelConfig
@@ -97,34 +98,37 @@ def main(argv: list[str]) -> None:
     )
     get_logger().info(loader.describe())
     held_out = held_out_batches(sources, config.data, config.train.micro_batch)
-    if config.train.epochs is not None:
-        config = setup.with_steps(config, loader.steps(config.train.epochs))
+    known = [s for s in sources if s.source.exact_match]
+    asked = choose_questions(sources, config.eval.questions, tokenizer.eos_id)
+    examples = choose_questions(known, SHOTS, tokenizer.eos_id, held_out=False)
 
     model = setup.build_model(config.model, config.runtime, dist)
     model.load_state_dict(base["model"])
     optimizer = make_optimizer(model.named_parameters(), config.optim)
-    schedule = Schedule(config.schedule, config.train.total_steps)
+    epochs = config.train.epochs
+    steps = config.train.total_steps if epochs is None else loader.steps(epochs)
+    schedule = Schedule(config.schedule, steps)
     training = Training(
         model=model,
         optimizer=optimizer,
         schedule=schedule,
         loader=Prefetcher(loader),
-        cost=setup.make_cost_tracker(config, dist),
+        cost=setup.make_cost_tracker(setup.with_steps(config, steps), dist),
         identity={
             "stage": STAGE,
             "model_config": plain(config.model),
             "tokenizer": tokenizer.state_dict(),
             "chat_template": template.state_dict(),
-            "config": values,
+            "config": plain(config),
         },
     )
-    setup.restore(training, args, state)
+    setup.restore(training, state)
 
     metrics, samples = MetricsLog(run.metrics), MetricsLog(run.samples)
     metrics.cut_back(training.step)
     samples.cut_back(training.step)
     evaluate = partial(
-        measure, training, sources, held_out, tokenizer, config.eval, samples, dist
+        measure, training, held_out, asked, examples, tokenizer, config.eval, samples, dist
     )
     done = fit(
         training,
@@ -168,4 +172,33 @@ def prepare_conversations(
     return sources
 
 
-def measure(...)
+def measure(
+    training: Training,
+    held_out: list[Batch],
+    asked: list[Question],
+    examples: list[Question],
+    tokenizer: Tokenizer,
+    config: ChatEvalConfig,
+    samples: MetricsLog,
+    dist: Distributed,
+) -> dict[str, float]:
+    """Held-out loss, and what the model answers; before the first step also the base model's
+    exact match when it is shown `examples` instead."""
+    model = training.model
+    values = held_out_loss(model, {STAGE: held_out}, {STAGE: 1.0}, cross_entropy_loss, dist)
+    metrics = {key: values[key] for key in ("val/loss", "val/ppl")}
+    metrics["sft/val_loss"] = values["val/loss"]
+    answered, answers = answer_questions(model, asked, tokenizer, config, dist)
+    metrics |= answered
+    if training.step == 0 and examples:
+        metrics["sft/base_exact_match"] = few_shot_exact_match(
+            model, examples, asked, tokenizer, dist
+        )
+    if dist.is_main:
+        for answer in answers:
+            samples.write(training.step, answer)
+    return metrics
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from data.builtin_math import split_of, sum_pair
-from data.builtin_words import WORDS, Draw
+from data.builtin_words import Draw
 
 Message = dict[str, str]
 
@@ -30,21 +30,18 @@ SYSTEM_MESSAGES = (
     "Give only the answer.",
 )
 SMALL_TALK = (
-    ("[Hello|Hi|Good <daytime>], I am <name>.", "Hello <name>, nice to meet you!"),
-    ("My name is <name>. [How are you?|How do you do?]", "I am fine, <name>. How are you?"),
-    ("I live in <town>.", "<Town> must be a beautiful place!"),
-    ("I like <fruit_s>. [And you?|Do you?]", "I cannot eat, but <fruit_s> sound lovely."),
-    ("My <pet> is <mood>.", "Tell me more about your <pet>!"),
-    ("I am <mood> today.", "Thank you for telling me that you are <mood>."),
-    ("Do you like <season>?", "Yes, <season> is a fine time of the year."),
-    (
-        "[Thank you|Thanks], I am going to the <place> now.",
-        "Goodbye, have a good time at the <place>!",
-    ),
-    ("Can you help me with <subject>?", "Of course, I like <subject>. What do you want to know?"),
-    ("My <relation> is <a_job>.", "It must be interesting to be <a_job>."),
-    ("What is your favourite colour? Mine is <colour>.", "I like <colour> too."),
-    ("It is <weather> in <town>.", "Then I hope that you like <weather> days."),
+    ("[Hello|Hi|Good <daytime>], I am <name>.", "Hello, nice to meet you!"),
+    ("My name is <name>. [How are you?|How do you do?]", "I am fine, thank you. And you?"),
+    ("I live in <town>.", "That must be a beautiful place!"),
+    ("I like <fruit_s>. [And you?|Do you?]", "I cannot eat, but they sound lovely."),
+    ("My <pet> is <mood>.", "Tell me more about your pet!"),
+    ("I am <mood> today.", "Thank you for telling me. Can I help you?"),
+    ("Do you like <month>?", "Yes, it is a fine time of the year."),
+    ("[Thank you|Thanks]. I am going to the <place> now.", "Goodbye, and have a good time!"),
+    ("Can you help me with <subject>?", "Of course. What would you like to know?"),
+    ("My <relation> is <a_job>.", "That must be an interesting life."),
+    ("I have <a_colour> <thing>.", "What a lovely colour!"),
+    ("It is <weather> in <town>.", "Then I hope that you like the weather."),
 )
 
 
@@ -91,9 +88,9 @@ def _last(draw: Draw, split: str) -> Task:
 
 def _repeat(draw: Draw, split: str) -> Task:
     while True:
-        word, times = draw.pick(WORDS["colour"] + WORDS["thing"]), draw.between(2, 4)
-        if split_of("repeat", word, times) == split:
-            return Task("repeat", f"Say {word} {times} times.", " ".join([word] * times))
+        letter, times = draw.pick(LETTERS), draw.between(2, 6)
+        if split_of("repeat", letter, times) == split:
+            return Task("repeat", f"Say {letter} {times} times.", " ".join(letter * times))
 
 
 def _count(draw: Draw, split: str) -> Task:
@@ -105,9 +102,9 @@ def _count(draw: Draw, split: str) -> Task:
 
 def _brackets(draw: Draw, split: str) -> Task:
     while True:
-        word = draw.pick(WORDS["thing"] + WORDS["animal"] + WORDS["fruit"] + WORDS["colour"])
-        if split_of("brackets", word) == split:
-            return Task("brackets", f"Write {word} in brackets.", f"[{word}]")
+        number = draw.between(10, 99)
+        if split_of("brackets", number) == split:
+            return Task("brackets", f"Write {number} in brackets.", f"[{number}]")
 
 
 def _larger(draw: Draw, split: str) -> Task:
@@ -121,7 +118,7 @@ def _larger(draw: Draw, split: str) -> Task:
 def _talk(draw: Draw, split: str) -> Task:
     while True:
         question, answer = draw.fill("\n".join(draw.pick(SMALL_TALK))).split("\n")
-        if split_of("talk", answer) == split:
+        if split_of("talk", question) == split:
             return Task("talk", question, answer)
 
 
@@ -252,8 +249,8 @@ def _wrong_times(draw: Draw, asked: Task) -> list[str]:
 
 
 def _wrong_brackets(draw: Draw, asked: Task) -> list[str]:
-    word = asked.answer[1:-1]
-    return [word, f"({word})", f"[{word}", f'"{word}"']
+    number = asked.answer[1:-1]
+    return [number, f"({number})", f"[{number}", f"[{number[::-1]}]"]
 
 
 def _wrong_choice(draw: Draw, asked: Task) -> list[str]:

@@ -15,17 +15,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 from tqdm import tqdm
 
-from data import builtin, builtin_tasks
+from data import builtin_tasks
 from data.chat import (
     SHAPES,
     ChatTemplate,
@@ -36,52 +35,40 @@ from data.chat import (
     to_messages,
 )
 from data.packing import IGNORE, Piece, cut_document
-from data.shards import is_held_out, write_atomic
-from data.sources import (
-    BUILTIN_PREFIX,
-    BrokenRow,
-    Record,
-    SourceConfig,
-    SourceFile,
-    list_files,
-    read_records,
+from data.records import (
+    Account,
+    RecordSource,
+    Row,
+    Tally,
+    cached_tensors,
+    read_source,
+    source_revision,
+    tell_account,
+    usable_rows,
 )
+from data.shards import is_held_out
 from data.tokenizer import Tokenizer
 from utils.config import Config, ConfigError, Problem
 from utils.logging import get_logger
 
 FORMAT = 1
-BUILTIN = "builtin:chats"
-HUB_PREFIX = "hub:"
 CHUNK = 1_000  # conversations encoded at a time
-ROWS_TOLD = 5
 TENSORS = ("tokens", "learned", "ends", "held_out", "keys")
 
 
-class ChatSource(Config):
+class ChatSource(RecordSource):
     """One source of conversations."""
 
-    name: str
-    """Unique name, used for folders and messages."""
-    path: str
-    """A file, folder or glob of jsonl, json or parquet; `hub:OWNER/NAME`; or `builtin:chats`."""
+    BUILTIN: ClassVar = "builtin:chats"
+
     weight: float = 1.0
     """How often each conversation is seen in an epoch: 2 is twice, 0.25 a fixed quarter of them
     once, 1.5 all once and a fixed half again. Which ones is decided by a hash of their content."""
-    split: str = "train"
-    """The split of a hub dataset."""
-    subset: str | None = None
-    """The subset of a hub dataset that has several."""
-    exact_match: bool = False
-    """Its answers are the only right ones: held-out questions are asked and answers compared."""
 
     def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
         if not self.weight > 0:
             yield Problem(("weight",), f"weight ({self.weight}) must be above 0")
-        if self.path.startswith(BUILTIN_PREFIX) and self.path != BUILTIN:
-            yield Problem(("path",), f"path ('{self.path}'): the built-in chats are '{BUILTIN}'")
-        if not self.name.replace("-", "_").isidentifier():
-            yield Problem(("name",), f"name ('{self.name}') must be letters, digits, '-' and '_'")
 
 
 class ChatDataConfig(Config):
@@ -120,110 +107,6 @@ class ChatDataConfig(Config):
                 ("held_out_fraction",),
                 f"held_out_fraction ({self.held_out_fraction}) must be between 0 and 0.5",
             )
-
-
-# ---------------------------------------------------------------------------------------------
-# Rows to messages
-
-
-@dataclass
-class Tally:
-    """How many rows met each fate, and where the first few of them are."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-    first: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, reason: str, place: str) -> None:
-        self.counts[reason] = self.counts.get(reason, 0) + 1
-        if self.counts[reason] <= ROWS_TOLD:
-            self.first.setdefault(reason, []).append(place)
-
-    def __str__(self) -> str:
-        return "; ".join(
-            f"{reason} {count:,} ({', '.join(self.first[reason])}{', ...' * (count > ROWS_TOLD)})"
-            for reason, count in self.counts.items()
-        )
-
-
-@dataclass
-class _Row:
-    """A usable row: where it stands, what it says, and its split if the source decides it."""
-
-    place: str
-    messages: list[Message]
-    held_out: bool | None
-
-
-def _read(source: ChatSource, bad: Tally) -> Iterator[_Row]:
-    """The usable rows of a source; the others are added to `bad`.
-
-    Raises:
-        ConfigError: no row so far has a shape that is known.
-    """
-    shape_seen = False
-    for place, record, held_out in _records(source):
-        if isinstance(record, BrokenRow):
-            bad.add(record.reason, place)
-            continue
-        messages = to_messages(record)
-        if messages is None and not shape_seen:
-            raise ConfigError(
-                f"source '{source.name}', {place}: no known shape in its fields "
-                f"{', '.join(map(repr, record))}: {_excerpt(record)}\n  Shapes accepted:\n    "
-                + "\n    ".join(SHAPES)
-            )
-        shape_seen = True
-        reason = "no known shape" if messages is None else check_messages(messages)
-        if reason:
-            bad.add(reason, place)
-        else:
-            yield _Row(place, messages, held_out)
-
-
-def _excerpt(record: Record) -> str:
-    text = json.dumps(record, default=str)
-    return text if len(text) <= 300 else f"{text[:300]}..."
-
-
-def _records(source: ChatSource) -> Iterator[tuple[str, Record | BrokenRow, bool | None]]:
-    if source.path == BUILTIN:
-        for split, rows in builtin_tasks.N_EXAMPLES.items():
-            for i in range(rows):
-                yield f"{split} row {i}", builtin_tasks.chat(split, i), split == "heldout"
-    elif source.path.startswith(HUB_PREFIX):
-        for i, record in enumerate(_hub_dataset(source)):
-            yield f"row {i}", record, None
-    else:
-        for file in _files(source):
-            for i, record in enumerate(read_records(source.name, file)):
-                yield f"{file.name} row {i}", record, None
-
-
-def _files(source: ChatSource) -> list[SourceFile]:
-    files = list_files(SourceConfig(name=source.name, path=source.path, weight=source.weight))
-    files = [file for file in files if ".txt" not in Path(file.path).suffixes]
-    if not files:
-        raise ConfigError(
-            f"source '{source.name}': only txt files at '{source.path}', which cannot tell a "
-            "question from an answer; give jsonl, json or parquet"
-        )
-    return files
-
-
-def _hub_dataset(source: ChatSource) -> Any:
-    """A dataset of the hub: downloaded once, then read from the hub library's own cache."""
-    import datasets
-
-    name = source.path.removeprefix(HUB_PREFIX)
-    try:
-        return datasets.load_dataset(name, source.subset, split=source.split)
-    except Exception as error:  # the library raises many kinds; all mean the same to a user
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"source '{source.name}': could not get '{name}' (split '{source.split}') from the "
-            f"hub: {reason}. Check the id, split, subset and network; for a gated one run "
-            "`hf auth login`; or download its files and give their folder as the path"
-        ) from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -274,13 +157,8 @@ def load_conversations(
     """
     digest = _digest(source, config, tokenizer, template)
     path = Path(config.cache_dir) / f"{source.name}-{digest}.safetensors"
-    if not path.exists():
-        tensors, account = _tokenize(source, config, tokenizer, template)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, safetensors.numpy.save(tensors, {"account": json.dumps(account)}))
-    with safetensors.safe_open(path, "np") as file:
-        account = json.loads(file.metadata()["account"])
-        conversations = Conversations(source, *map(file.get_tensor, TENSORS))
+    tensors, account = cached_tensors(path, partial(_tokenize, source, config, tokenizer, template))
+    conversations = Conversations(source, *map(tensors.get, TENSORS))
     _give_account(conversations, account, config)
     return conversations
 
@@ -288,15 +166,9 @@ def load_conversations(
 def _digest(
     source: ChatSource, config: ChatDataConfig, tokenizer: Tokenizer, template: ChatTemplate
 ) -> str:
-    if source.path == BUILTIN:
-        content = [builtin.VERSION, builtin_tasks.N_EXAMPLES]
-    elif source.path.startswith(HUB_PREFIX):
-        content = _hub_revision(_hub_dataset(source))
-    else:
-        content = [(file.name, file.revision) for file in _files(source)]
     identity = {
         "format": FORMAT,
-        "content": content,
+        "content": source_revision(source, builtin_tasks.N_EXAMPLES),
         "tokenizer": tokenizer.fingerprint,
         "template": template.state_dict(),
         "seq_len": config.seq_len,
@@ -306,30 +178,25 @@ def _digest(
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
 
 
-def _hub_revision(dataset: Any) -> str:
-    """A digest of the number of rows and a hundred of them, read from disk in milliseconds."""
-    rows = [dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // 100))]
-    return hashlib.sha256(json.dumps([len(dataset), rows], default=str).encode()).hexdigest()
-
-
 def _tokenize(
     source: ChatSource, config: ChatDataConfig, tokenizer: Tokenizer, template: ChatTemplate
-) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
-    """The tensors of `Conversations`, and the tallies of bad rows and of too long ones."""
-    bad, too_long = Tally(), Tally()
+) -> tuple[dict[str, np.ndarray], Account]:
+    """The tensors of `Conversations`, and what was left out."""
+    account = Account()
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     tokens, learned, held_out, keys = [np.empty(0, dtype)], [np.empty(0, bool)], [], []
-    rows = _read(source, bad)
+    records = read_source(source, builtin_tasks.chat, builtin_tasks.N_EXAMPLES)
+    rows = usable_rows(source, records, to_messages, check_messages, SHAPES, account.bad)
     with tqdm(desc=f"tokenizing {source.name}", unit=" conversations") as bar:
         while chunk := list(islice(rows, CHUNK)):
-            all_rendered = render_many([row.messages for row in chunk], tokenizer, template)
+            all_rendered = render_many([row.value for row in chunk], tokenizer, template)
             for row, rendered in zip(chunk, all_rendered, strict=True):
-                if not _fit(rendered, config, too_long, row.place):
+                if not _fit(rendered, config, account.too_long, row.place):
                     continue
                 tokens.append(np.array(rendered.tokens, dtype))
                 learned.append(np.array(rendered.learned, bool))
                 held_out.append(_is_held_out(row, config.held_out_fraction))
-                keys.append(_key(row.messages))
+                keys.append(_key(row.value))
             bar.update(len(chunk))
     tensors = {
         "tokens": np.concatenate(tokens),
@@ -338,7 +205,7 @@ def _tokenize(
         "held_out": np.array(held_out, bool),
         "keys": np.array(keys, np.uint32),
     }
-    return tensors, {"bad": vars(bad), "too_long": vars(too_long)}
+    return tensors, account
 
 
 def _fit(rendered: Rendered, config: ChatDataConfig, too_long: Tally, place: str) -> bool:
@@ -357,10 +224,10 @@ def _fit(rendered: Rendered, config: ChatDataConfig, too_long: Tally, place: str
     return True
 
 
-def _is_held_out(row: _Row, fraction: float) -> bool:
+def _is_held_out(row: Row[list[Message]], fraction: float) -> bool:
     if row.held_out is not None:
         return row.held_out
-    asked = [m["content"] for m in row.messages if m["role"] != "assistant"]
+    asked = [m["content"] for m in row.value if m["role"] != "assistant"]
     return is_held_out("\n".join(asked), fraction)
 
 
@@ -369,25 +236,14 @@ def _key(messages: list[Message]) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _give_account(
-    conversations: Conversations, account: dict[str, dict], config: ChatDataConfig
-) -> None:
+def _give_account(conversations: Conversations, account: Account, config: ChatDataConfig) -> None:
     """Log what a source holds and what was left out; refuse bad rows, or no rows at all."""
     name = conversations.source.name
-    bad, too_long = Tally(**account["bad"]), Tally(**account["too_long"])
     held_out = int(conversations.held_out.sum())
     get_logger().info(
         f"source '{name}': {len(conversations.ends):,} conversations, {held_out:,} of them held "
         f"out; {len(conversations.tokens):,} tokens, {int(conversations.learned.sum()):,} learned"
     )
-    if too_long.counts:
-        get_logger().warning(f"source '{name}', longer than {config.seq_len:,} tokens: {too_long}")
-    if bad.counts and config.bad_rows == "fatal":
-        raise ConfigError(
-            f"source '{name}', rows that cannot be used: {bad}. "
-            "Mend or remove them, or set data.bad_rows to skip"
-        )
-    if bad.counts:
-        get_logger().warning(f"source '{name}', rows skipped: {bad}")
+    tell_account(conversations.source, account, config.seq_len, config.bad_rows)
     if held_out == len(conversations.ends):
         raise ConfigError(f"source '{name}': no conversation to train on at its path")

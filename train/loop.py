@@ -100,6 +100,7 @@ class Training:
     skipped_steps: int = 0
     evaluated_at: int = -1
     averages: Averages = field(default_factory=Averages)
+    boundary: dict | None = None  # loader and generators before a step that is not finished
 
     def weights(self) -> dict:
         """The self-contained checkpoint that the next stage and inference need."""
@@ -113,16 +114,20 @@ class Training:
 
     def state_dict(self) -> dict:
         """`weights()` and everything needed to go on training."""
+        boundary = self.boundary or self.position()
         return self.weights() | {
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "loader": self.loader.state_dict(),
-            "rng": rng_state(),
+            **boundary,
             "cost": self.cost.state_dict(),
             "metrics_window": dict(self.averages.sums),
             "evaluated_at": self.evaluated_at,
             "skipped_steps": self.skipped_steps,
         }
+
+    def position(self) -> dict:
+        """Where the data and the random generators are."""
+        return {"loader": self.loader.state_dict(), "rng": rng_state()}
 
     def load_state_dict(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
@@ -313,6 +318,7 @@ def _step_and_log(
     dist: Distributed,
     stop: StopRequest,
 ) -> None:
+    training.boundary = training.position()
     try:
         stepped = train_step(
             training, next(training.loader), loss_fn, config.clip_norm, dist, stop
@@ -322,7 +328,10 @@ def _step_and_log(
             "the GPU is out of memory; halve train.micro_batch: batch_tokens, and with it the "
             f"result, stays the same, and --resume goes on from the last checkpoint ({error})"
         ) from error
-    if stepped and training.step % config.log_every == 0:
+    if not stepped:
+        return  # the boundary before it is what will be saved
+    training.boundary = None
+    if training.step % config.log_every == 0:
         _log(training, metrics)
 
 

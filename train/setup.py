@@ -23,7 +23,7 @@ from utils.checkpoint import CheckpointError, Checkpointer
 from utils.config import CommandLine, Config, ConfigError, Problem, check_resume, plain
 from utils.cost_tracker import CostConfig, CostTracker
 from utils.distributed import Distributed
-from utils.logging import RunDirectory, get_logger, human_count, human_time
+from utils.logging import MetricsLog, RunDirectory, get_logger, human_count, human_time
 
 # A resumed run may differ in these: they change speed, place or bookkeeping, not what is learned.
 RESUME_MAY_CHANGE = (
@@ -79,7 +79,7 @@ class TrainConfig(LoopConfig):
             if value is not None and value <= 0:
                 yield Problem((key,), f"{key} ({value:,}) must be above 0")
         if sum(getattr(self, key) is not None for key in self.LENGTHS) != 1:
-            yield Problem(self.LENGTHS, f"give the length as one of {', '.join(self.LENGTHS)}")
+            yield Problem(self.LENGTHS, f"give the length as {' or '.join(self.LENGTHS)}, one of them")
 
     @property
     def total_steps(self) -> int:
@@ -210,18 +210,24 @@ def open_run(
             fit, or the config has changed in a way that a resumed run may not.
     """
     run = RunDirectory(config.runs_dir, config.name)
-    values, state = plain(config), None
-    if args.resume_from:
-        state = checkpoint.load(args.resume_from)
-        _check_state(state, stage, values, BRANCH_MAY_CHANGE, args.resume_from)
     checkpointer = Checkpointer(run.checkpoints, config.train.keep_checkpoints)
+    values, state = plain(config), None
     found = checkpointer.latest() if args.resume else None
     if found is not None:
         path, state = found
         _check_state(state, stage, values, RESUME_MAY_CHANGE, path)
         get_logger().info(f"resuming from {path}, step {state['step']:,}")
     elif args.resume:
-        get_logger().info(f"--resume: no checkpoint in {run.checkpoints}; starting afresh")
+        get_logger().info(f"--resume: no checkpoint in {run.checkpoints} yet")
+    if state is None and args.resume_from:
+        state = checkpoint.load(args.resume_from)
+        _check_state(state, stage, values, BRANCH_MAY_CHANGE, args.resume_from)
+        state["branched_from"] = args.resume_from
+    if state is None and config.schedule.decay_now:
+        raise ConfigError(
+            "schedule.decay_now (true) needs --resume-from FILE, a checkpoint of the stable phase "
+            "to decay from"
+        )
     if dist.is_main:
         run.prepare(args.resume, values)
     dist.barrier()
@@ -244,10 +250,11 @@ def _check_state(
     check_resume(state["config"], values, may_change)
 
 
-def restore(training: Training, args: CommandLine, state: dict | None) -> None:
+def restore(training: Training, state: dict | None) -> None:
     """Put a checkpoint's state into a freshly built training.
 
-    With `--resume-from` the config's own rates hold, and `schedule.decay_now` begins the decay.
+    On a branch (`--resume-from`) the config's own rates hold, and `schedule.decay_now` begins the
+    decay.
     """
     if state is None:
         return
@@ -257,7 +264,7 @@ def restore(training: Training, args: CommandLine, state: dict | None) -> None:
         for group in optimizer.param_groups
     ]
     training.load_state_dict(state)
-    if not args.resume_from:
+    if "branched_from" not in state:
         return
     for group, values in zip(optimizer.param_groups, configured, strict=True):
         group.update(values)
@@ -267,7 +274,7 @@ def restore(training: Training, args: CommandLine, state: dict | None) -> None:
     tokens_per_step = training.tokens // max(1, training.step)
     training.cost.total_tokens = training.schedule.total_steps * tokens_per_step
     get_logger().info(
-        f"branching off {args.resume_from} at step {training.step:,}, "
+        f"branching off {state['branched_from']} at step {training.step:,}, "
         f"to end at step {training.schedule.total_steps:,}"
     )
 
@@ -277,6 +284,15 @@ def make_cost_tracker(config: Config, dist: Distributed) -> CostTracker:
     name = torch.cuda.get_device_name() if dist.device.type == "cuda" else "cpu"
     tokens = config.train.total_steps * config.train.batch_tokens
     return CostTracker.for_device(config.cost, name, tokens, dist.world_size)
+
+
+def open_metrics(run: RunDirectory, step: int, dist: Distributed) -> MetricsLog:
+    """The run's metrics, cut back to the step it goes on from; the first process alone writes."""
+    if not dist.is_main:
+        return MetricsLog(os.devnull)
+    metrics = MetricsLog(run.metrics)
+    metrics.cut_back(step)
+    return metrics
 
 
 def finish(

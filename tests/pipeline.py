@@ -1,0 +1,128 @@
+"""Runs of stage scripts in processes of their own, cheap enough to be killed by the dozen.
+
+A fork server imports torch once; each run is a fork of it with its own stdout, and can be made to
+kill itself (SIGKILL) or to get a signal just before the n-th call of any function.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMED = ("time", "train/tokens_per_sec", "train/mfu", "cost/", "gpu/", "rlvr/rollout_")
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "numpy", "pyarrow", "tokenizers", "train_pretrain"])
+
+
+class Fault(NamedTuple):
+    """Send `signal` to the run just before call number `call` (from 1) of `function`."""
+
+    function: str
+    call: int
+    signal: int = signal.SIGKILL
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+class Run:
+    """A started run."""
+
+    def __init__(
+        self,
+        script: str,
+        argv: list[str],
+        log: Path,
+        fault: Fault | None = None,
+        largest_file: int | None = None,
+    ) -> None:
+        self.log = log
+        arguments = (script, argv, str(log), fault, largest_file)
+        self.process = CONTEXT.Process(target=_child, args=arguments)
+        self.process.start()
+
+    def wait(self, timeout_s: float = 300) -> Outcome:
+        self.process.join(timeout_s)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+            raise TimeoutError(f"still running after {timeout_s} s: {self.log.read_text()}")
+        return Outcome(self.process.exitcode, *(_read(self.log, kind) for kind in ("out", "err")))
+
+
+def run(
+    script: str,
+    *argv: object,
+    log: Path,
+    fault: Fault | None = None,
+    largest_file: int | None = None,
+) -> Outcome:
+    """Run a stage script to its end; files larger than `largest_file` bytes fail as on a full disk."""
+    return Run(script, list(map(str, argv)), log, fault, largest_file).wait()
+
+
+def _read(log: Path, kind: str) -> str:
+    return log.with_suffix(f".{kind}").read_text()
+
+
+def _child(
+    script: str, argv: list[str], log: str, fault: Fault | None, largest_file: int | None
+) -> None:
+    os.chdir(ROOT)
+    for kind, stream in (("out", sys.stdout), ("err", sys.stderr)):
+        descriptor = os.open(Path(log).with_suffix(f".{kind}"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(descriptor, stream.fileno())
+    import torch
+
+    torch.set_num_threads(1)
+    module = importlib.import_module(script)
+    if fault:
+        _install(fault)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    sys.argv = [f"{script}.py", *argv]
+    from utils.config import run_script
+
+    run_script(module.main)
+
+
+def _install(fault: Fault) -> None:
+    owner_name, _, attribute = fault.function.rpartition(".")
+    owner = _resolve(owner_name)
+    original, calls = getattr(owner, attribute), [0]
+
+    def counted(*args: object, **kwargs: object) -> object:
+        calls[0] += 1
+        if calls[0] == fault.call:
+            os.kill(os.getpid(), fault.signal)
+        return original(*args, **kwargs)
+
+    setattr(owner, attribute, counted)
+
+
+def _resolve(name: str) -> object:
+    """A module, or a class inside one."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        module, _, attribute = name.rpartition(".")
+        return getattr(importlib.import_module(module), attribute)
+
+
+def numbers(metrics: Path) -> list[dict]:
+    """A run's metrics without what depends on the clock."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines]
