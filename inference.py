@@ -1,7 +1,7 @@
 """Continue a text with any checkpoint.
 
-    python inference.py --checkpoint runs/demo/pretrain/pretrain_final.pt --prompt "The old mill"
-    python inference.py --checkpoint FILE --prompt "Once" --temperature 0 --max-new-tokens 50
+python inference.py --checkpoint runs/demo/pretrain/pretrain_final.pt --prompt "The old mill"
+python inference.py --checkpoint FILE --prompt "Once" --temperature 0 --max-new-tokens 50
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def main(argv: list[str]) -> None:
     evaluate = partial(
         held_out_loss, model, held_out, domain_shares(config.data), cross_entropy_loss, dist
     )
-    metrics = setup.open_metrics(run, training.step, dist)
+    metrics = setup.open_log(run.metrics, training, dist)
     done = fit(
         training,
         partial(cross_entropy_loss, z_loss=config.train.z_loss),
@@ -151,9 +151,7 @@ def load_or_make_tokenizer(config: PretrainConfig, state: dict | None) -> Tokeni
 def prepare_shards(data: DataConfig, tokenizer: Tokenizer, dist: Distributed) -> list[ShardStore]:
     """The token shards of every source, made by the first process and read by all."""
     stores = [
-        ShardStore(
-            source, tokenizer, data.cache_dir, data.shard_megabytes, data.held_out_fraction
-        )
+        ShardStore(source, tokenizer, data.cache_dir, data.shard_megabytes, data.held_out_fraction)
         for source in data.sources
     ]
     if dist.is_main:

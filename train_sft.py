@@ -15,7 +15,6 @@ tokenizer comes with the base model, which may be a pretrain or an sft checkpoin
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -36,7 +35,6 @@ from train.loss import cross_entropy_loss
 from train.setup import EpochTrainConfig, RuntimeConfig
 from utils.config import (
     Config,
-    ConfigError,
     Problem,
     load_config,
     parse_command_line,
@@ -77,7 +75,8 @@ def main(argv: list[str]) -> None:
     args = parse_command_line(__doc__, base_model=True, argv=argv)
     config = load_config(SFTConfig, args.config, args.overrides)
     if args.dry_run:
-        setup.print_plan(setup.with_steps(config, expected_steps(config)), config.data.seq_len)
+        planned = setup.with_steps(config, setup.expected_steps(config))
+        setup.print_plan(planned, config.data.seq_len)
         return
 
     dist = setup.start_devices(config.runtime, config.seed)
@@ -96,7 +95,7 @@ def main(argv: list[str]) -> None:
         rank=dist.rank,
         world_size=dist.world_size,
     )
-    get_logger().info(loader.describe())
+    get_logger().info(str(loader))
     held_out = held_out_batches(sources, config.data, config.train.micro_batch)
     known = [s for s in sources if s.source.exact_match]
     asked = choose_questions(sources, config.eval.questions, tokenizer.eos_id)
@@ -124,12 +123,11 @@ def main(argv: list[str]) -> None:
     )
     setup.restore(training, state)
 
-    metrics, samples = MetricsLog(run.metrics), MetricsLog(run.samples)
-    metrics.cut_back(training.step)
-    samples.cut_back(training.step)
+    samples = setup.open_log(run.samples, training, dist)
     evaluate = partial(
         measure, training, held_out, asked, examples, tokenizer, config.eval, samples, dist
     )
+    metrics = setup.open_log(run.metrics, training, dist)
     done = fit(
         training,
         partial(cross_entropy_loss, z_loss=config.train.z_loss),
@@ -142,34 +140,14 @@ def main(argv: list[str]) -> None:
     setup.finish(training, args, run, checkpointer, dist, done)
 
 
-def expected_steps(config: SFTConfig) -> int:
-    """The length that --dry-run assumes: it has no data from which to tell an epoch's.
-
-    Raises:
-        ConfigError: the length is in epochs, and `data.expected_tokens` is not given.
-    """
-    train, tokens = config.train, config.data.expected_tokens
-    if train.epochs is None:
-        return train.total_steps
-    if tokens is None:
-        raise ConfigError(
-            "--dry-run reads no data and cannot tell how long an epoch is: give a rough "
-            "data.expected_tokens, or the length as train.steps"
-        )
-    return math.ceil(train.epochs * tokens / train.batch_tokens)
-
-
 def prepare_conversations(
     data: ChatDataConfig, tokenizer: Tokenizer, template: ChatTemplate, dist: Distributed
 ) -> list[Conversations]:
     """The conversations of every source, tokenized by the first process and read by all."""
-    sources = []
-    if dist.is_main:
-        sources = [load_conversations(source, data, tokenizer, template) for source in data.sources]
+    load = partial(load_conversations, config=data, tokenizer=tokenizer, template=template)
+    sources = [load(source) for source in data.sources] if dist.is_main else []
     dist.barrier()
-    if not dist.is_main:
-        sources = [load_conversations(source, data, tokenizer, template) for source in data.sources]
-    return sources
+    return sources or [load(source) for source in data.sources]
 
 
 def measure(
@@ -194,9 +172,8 @@ def measure(
         metrics["sft/base_exact_match"] = few_shot_exact_match(
             model, examples, asked, tokenizer, dist
         )
-    if dist.is_main:
-        for answer in answers:
-            samples.write(training.step, answer)
+    for answer in answers:
+        samples.write(training.step, answer)
     return metrics
 
 

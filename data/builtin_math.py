@@ -40,9 +40,9 @@ def sum_pair(draw: Draw, split: str = "train", carry: bool = False) -> tuple[int
 
 
 def fact(draw: Draw) -> tuple[str, int]:
-    """A sum or a difference of a training family, such as `("42 - 17", 25)`; few have carries."""
+    """A sum or a difference of a training family, such as `("42 - 17", 25)`; few of them carry."""
     a, b = sum_pair(draw, carry=draw.chance(0.1))
-    return (f"{a} + {b}", a + b) if draw.chance(0.5) else (f"{a + b} - {b}", a)
+    return (f"{a} + {b}", a + b) if draw.chance(0.4) else (f"{a + b} - {b}", a)
 
 
 def quiz(draw: Draw) -> str:
@@ -138,20 +138,18 @@ def division(draw: Draw) -> str:
 
 
 def sequence(draw: Draw) -> str:
-    start, step = draw.between(1, 40), draw.between(2, 12)
-    terms = [start + step * i for i in range(6)]
-    shown = ", ".join(map(str, terms[:5]))
-    return draw.fill(
-        "[What comes next|Continue the sequence|Find the next number]: <shown>, ...\n"
-        "Each number is <step> more than the one before. The next number is <last>.",
-        **{"shown": shown, "step": step, "last": terms[5]},
-    )
+    lines = [draw.fill("[What comes next?|Continue the sequences.|Find the next number, <name>!]")]
+    for _ in range(3):
+        start, step = draw.between(1, 40), draw.between(2, 12)
+        shown = ", ".join(str(start + step * i) for i in range(5))
+        lines.append(f"{shown}: each is {step} more, so the next number is {start + 5 * step}.")
+    return "\n".join(lines)
 
 
 def equation(draw: Draw) -> str:
     k, x, b = draw.between(2, 9), draw.between(2, 12), draw.between(100, 300)
     return draw.fill(
-        "[Solve|<Name> solves|Find x in] the equation <k>x + <b> = <c>.\nSubtract <b> from both "
+        "[Solve|<Name> solves|For <day>: solve] the equation <k>x + <b> = <c>.\nSubtract <b> from both "
         "sides: <k>x = <kx>.\nDivide both sides by <k>: x = <x>.\nCheck: <k> x <x> = <kx>, and "
         "<kx> + <b> = <c>.",
         **{"k": k, "x": x, "b": b, "kx": k * x, "c": k * x + b},
@@ -226,12 +224,12 @@ def clock(draw: Draw) -> str:
 
 
 def fraction(draw: Draw) -> str:
-    part, k = draw.pick(((2, "half"), (3, "a third"), (4, "a quarter"), (5, "a fifth"))), 0
+    parts, share = draw.pick(((2, "half"), (3, "a third"), (4, "a quarter"), (5, "a fifth")))
     k = draw.between(2, 25)
     return draw.fill(
         "<Name> gives <share> of <his> <whole> <thing_s> to <name2>. <whole> : <d> = <k>, so "
         "<name2> gets <k> <thing_s>. Indeed <d> x <k> = <whole>.",
-        **{"share": part[1], "d": part[0], "k": k, "whole": part[0] * k},
+        **{"share": share, "d": parts, "k": k, "whole": parts * k},
     )
 
 
@@ -240,7 +238,8 @@ def mean(draw: Draw) -> str:
     low, high = middle - spread, middle + spread
     return draw.fill(
         "<Name> counted <low> <animal_s> on <day>, <middle> on <day2> and <high> on <day3>. The "
-        "sum is <low> + <middle> + <high> = <total>, and <total> : 3 = <middle>. The mean is <middle>.",
+        "sum is <low> + <middle> + <high> = <total>, and <total> : 3 = <middle>. The mean of the "
+        "three numbers is <middle>.",
         **{"low": low, "middle": middle, "high": high, "total": 3 * middle},
     )
 

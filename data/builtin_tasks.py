@@ -123,15 +123,15 @@ def _talk(draw: Draw, split: str) -> Task:
 
 
 _MAKERS: dict[str, tuple[float, Callable[[Draw, str], Task]]] = {
-    "add": (0.28, _add),
-    "subtract": (0.22, _subtract),
-    "reverse": (0.06, _reverse),
-    "first": (0.05, _first),
-    "last": (0.05, _last),
-    "repeat": (0.05, _repeat),
-    "count": (0.04, _count),
-    "brackets": (0.05, _brackets),
-    "larger": (0.05, _larger),
+    "add": (0.15, _add),
+    "subtract": (0.21, _subtract),
+    "reverse": (0.09, _reverse),
+    "first": (0.07, _first),
+    "last": (0.07, _last),
+    "repeat": (0.07, _repeat),
+    "count": (0.06, _count),
+    "brackets": (0.07, _brackets),
+    "larger": (0.06, _larger),
     "talk": (0.15, _talk),
 }
 KINDS = tuple(_MAKERS)

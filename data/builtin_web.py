@@ -1,11 +1,18 @@
-"""Templates of the built-in "web" pages: stories, letters, recipes, news, talk, questions on a \
-text.
+"""Templates of the built-in "web" pages: stories, letters, recipes, news, talk.
 
 What the marks mean is in `builtin_words.py`. Every page has enough choices that no two are alike,
 and keeps to what it has said: a person, a thing or a number that comes back is the same one.
 """
 
 STORIES = (
+    """<Opening> <Wish> <Event>
+
+<Meeting> <Event2> <Outcome> <Ending>""",
+    """<Opening> <Event> <Event2>
+
+<Wish> <Meeting>
+
+<Outcome> <Ending>""",
     """The Lost <Thing>
 
 <Name> lived in <town> with <his> <relation>. [One <day>|One <weather> <daytime>|On a <day> in \
@@ -119,9 +126,9 @@ Subject: [Lost|Broken|Wrong] <thing>
 
 Dear Mr <surname>,
 
-On <date> <month> I bought <a_colour> <thing> in your shop for <price> pounds. When I came home, I \
-saw that it was [broken|the wrong colour|too small|made of <material> and not of <material2>]. I \
-called you on <day>, but nobody answered.
+On <date> <month> I bought <a_colour> <thing> in your shop. When I came home, I saw that it was \
+[broken|the wrong colour|too small|made of <material> and not of <material2>]. I called you on \
+<day>, but nobody answered.
 
 Please [send me a new one|give me my money back|tell me what to do]. You can reach me at <n> \
 <Tree> Street, <town>.
@@ -214,8 +221,7 @@ REPORTS = (
 <day>|drew many visitors]. More than <hundred> people came to the <place> to hear music and eat \
 <food>. The <job> <name> <surname> won the first prize for <his> <size> <vegetable>, which weighed \
 <grams> grams. "I am very <mood>," <he> said. "I give it <drink> every <daytime>." [The mayor gave \
-<him> <a_colour> <thing>.|The second prize went to <name2> of <town2>.] Next year the festival \
-will be held in <month2>.""",
+<him> <a_colour> <thing>.|The second prize went to <name2>.]""",
     """Weather for <day>: in the morning it will be <weather> in <town> and <weather2> in <town2>. \
 In the afternoon the wind will come from the <direction>, with <n+n2> degrees by the <land> and \
 <n> degrees on the hills. [Take an umbrella.|Drivers should be careful.|Farmers should cover their \

@@ -98,6 +98,41 @@ _PHRASES = {
         it was still at the <place2>
         <his> <relation2> had sold it to <a_job>
         it was in <his> own pocket""",
+    "opening": """
+        <Name> was <a_kind> child of <age> who lived in <town>.
+        In <town>, not far from the <land>, there lived <a_job> called <name>.
+        This is the story of <name>, who was always <mood>.
+        One <weather> <daytime> in <month>, <name> left the house early.
+        <Name> and <name2> had been friends since the <ordinal> class.
+        When <name> was <age>, <his> family moved to <town>.
+        Nobody in <town> knew where <name> came from.
+        Have I told you about <name> and the <animal>?""",
+    "wish": """
+        <He> wanted nothing more than <a_look> <thing>.
+        All <he> wished for was to see the <land2>.
+        <His> <relation> had asked <him> to <chore>.
+        <He> had promised to bring <a_thing> to <name2>.
+        <He> was looking for <his> <pet>, which had run away.
+        <He> dreamed of becoming <a_job2>.
+        Every <day> <he> had to <chore>, and <he> was tired of it.
+        There was one thing <he> could not do: <chore>.""",
+    "meeting": """
+        Then <he> met <a_animal6>. "Where are you going?" it asked. "To the <place6>," said <name>.
+        At the <place6> <name2> was waiting. "You are late," <he2> said.
+        <A_kind5> old man opened the door. "Come in," he said, "there is <food5> on the table."
+        <Name3> came along. "Do you need help?" <he3> asked.
+        "Stop!" cried a voice. It was <name2>, who had followed <him>.
+        By the <land3> sat <a_job6>. "I have lost my <thing6>," said the <job6>.
+        On the <ordinal2> day <he> stood before <a_look4> house of <material6>.""",
+    "outcome": """
+        In the end <he> got what <he> wanted, and it cost only <price6> coins.
+        It took <number6> days, but it was worth it.
+        Nothing came of it, but <he> was not <mood6>.
+        Together they found a way, as friends do.
+        "I should have asked earlier," said <name>.
+        <Name2> gave <him> <a_colour7> <thing7>, and that was even better.
+        So <he> learned to be <kind6>.
+        And because <he> was <kind6>, everything ended well.""",
     "event": """
         <He> met <a_job> who was carrying <a_colour3> <thing4>.
         It began to rain, so <he> waited in the <place3>.

@@ -1,13 +1,11 @@
 """The SFT loader: conversations -> rows -> batches, with exact state; and what is held out.
 
     Conversations --\\
-    Conversations ---> epoch's order --> best fit --> rows --> [Batch, Batch, ...] of one step
+    Conversations ---> by weight --> RowPlan --> [Batch, Batch, ...] of one step
     Conversations --/
 
-A conversation is never cut across rows, so rows are planned from lengths: each epoch is shuffled,
-and each conversation put where it leaves the least room (`packing.best_fit`). The plan follows from
-the data, the seed and the epoch, so the loader's state is (epoch, row). After an epoch's last row
-comes the next epoch's first: no step is short.
+A conversation is never cut across rows, so rows are planned from lengths (`packing.RowPlan`), and
+the loader's state is the plan's: epoch and row.
 """
 
 from __future__ import annotations
@@ -20,10 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.conversations import ChatDataConfig, Conversations
-from data.packing import Batch, Piece, best_fit, make_batch
+from data.packing import Batch, Piece, RowPlan, best_fit, make_batch
 from data.shards import HASH_RANGE
 from utils.config import ConfigError
-from utils.seed import derive, shuffle_order
 
 
 class ChatLoader:
@@ -46,56 +43,29 @@ class ChatLoader:
     ) -> None:
         self.sources = sources
         self.config = config
-        self.seed = seed
         self.rows_per_step = rows_per_step
         self.micro_batch = micro_batch
         self.rank = rank
         self.world_size = world_size
         self.members = _members(sources)
         self.fingerprint = _fingerprint(sources, self.members)
-        self.epoch = self.row = 0
-        self._plan = (0, self.plan(0))
+        lengths = _lengths(sources, self.members)
+        self.plan = RowPlan(lengths, config.seq_len, config.max_documents_per_row, seed)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self
 
     def __next__(self) -> list[Batch]:
-        rows = [self._next_row() for _ in range(self.rows_per_step)]
+        rows = [self.plan.next_row() for _ in range(self.rows_per_step)]
         mine = range(self.rank * self.micro_batch, len(rows), self.world_size * self.micro_batch)
         return [self._batch(rows[start : start + self.micro_batch]) for start in mine]
 
-    def plan(self, epoch: int) -> list[list[int]]:
-        """The members in each row of an epoch."""
-        order = shuffle_order(len(self.members), derive(self.seed, "conversations", epoch))
-        lengths = _lengths(self.sources, self.members[order])
-        most = self.config.max_documents_per_row
-        return [
-            [int(order[i]) for i in row] for row in best_fit(lengths, self.config.seq_len, most)
-        ]
-
     def steps(self, epochs: int) -> int:
-        """Steps in which every conversation is seen in `epochs` epochs."""
-        rows = sum(len(self.plan(epoch)) for epoch in range(epochs))
-        return math.ceil(rows / self.rows_per_step)
+        """Steps until every conversation has been seen in so many epochs."""
+        return math.ceil(self.plan.rows_in(epochs) / self.rows_per_step)
 
-    def describe(self) -> str:
-        """The first epoch in a line, for the log."""
-        rows, tokens = len(self._plan[1]), int(_lengths(self.sources, self.members).sum())
-        padding = 1 - tokens / (rows * self.config.seq_len)
-        return (
-            f"an epoch: {len(self.members):,} conversations, {tokens:,} tokens, in {rows:,} rows "
-            f"of {self.config.seq_len:,}; {padding:.2%} is padding"
-        )
-
-    def _next_row(self) -> list[int]:
-        if self._plan[0] != self.epoch:
-            self._plan = (self.epoch, self.plan(self.epoch))
-        rows = self._plan[1]
-        row = rows[self.row]
-        self.row += 1
-        if self.row == len(rows):
-            self.epoch, self.row = self.epoch + 1, 0
-        return row
+    def __str__(self) -> str:
+        return f"an epoch: {len(self.members):,} conversations, {self.plan}"
 
     def _batch(self, rows: list[list[int]]) -> Batch:
         pieces = [[self._piece(member) for member in row] for row in rows]
@@ -106,7 +76,7 @@ class ChatLoader:
         return self.sources[source].piece(index)
 
     def state_dict(self) -> dict:
-        return {"epoch": self.epoch, "row": self.row, "fingerprint": self.fingerprint}
+        return {"plan": self.plan.state_dict(), "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from `state`.
@@ -119,7 +89,7 @@ class ChatLoader:
                 "the conversations are not those of the checkpoint (a file, a hub dataset or its "
                 "revision has changed); restore them, or start another run"
             )
-        self.epoch, self.row = state["epoch"], state["row"]
+        self.plan.load_state_dict(state["plan"])
 
 
 def _members(sources: list[Conversations]) -> np.ndarray:

@@ -22,6 +22,8 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
+from utils.seed import derive, shuffle_order
+
 IGNORE = -100
 
 
@@ -174,6 +176,59 @@ def best_fit(lengths: Iterable[int], seq_len: int, max_documents: int) -> list[l
             by_room.setdefault(room, []).append(row)
             rooms |= 1 << room
     return rows
+
+
+class RowPlan:
+    """Endless rows of whole documents: each epoch is shuffled and planned anew by `best_fit`.
+
+    After an epoch's last row comes the next one's first. The plan follows from lengths, seed and
+    epoch, so the state is (epoch, row).
+
+    Args:
+        lengths: (n,) tokens that each document takes.
+        seed: decides the order, together with the epoch.
+    """
+
+    def __init__(self, lengths: np.ndarray, seq_len: int, max_documents: int, seed: int) -> None:
+        self.lengths = lengths
+        self.seq_len = seq_len
+        self.max_documents = max_documents
+        self.seed = seed
+        self.epoch = self.row = 0
+        self._planned = (0, self.of_epoch(0))
+
+    def of_epoch(self, epoch: int) -> list[list[int]]:
+        """The documents in each row of an epoch."""
+        order = shuffle_order(len(self.lengths), derive(self.seed, "rows", epoch))
+        rows = best_fit(self.lengths[order], self.seq_len, self.max_documents)
+        return [order[row].tolist() for row in rows]
+
+    def next_row(self) -> list[int]:
+        if self._planned[0] != self.epoch:
+            self._planned = (self.epoch, self.of_epoch(self.epoch))
+        rows = self._planned[1]
+        row = rows[self.row]
+        self.row += 1
+        if self.row == len(rows):
+            self.epoch, self.row = self.epoch + 1, 0
+        return row
+
+    def rows_in(self, epochs: int) -> int:
+        """Rows until every document has been seen in so many epochs."""
+        return sum(len(self.of_epoch(epoch)) for epoch in range(epochs))
+
+    def __str__(self) -> str:
+        rows, tokens = len(self.of_epoch(0)), int(self.lengths.sum())
+        return (
+            f"{tokens:,} tokens in {rows:,} rows of {self.seq_len:,}, "
+            f"{1 - tokens / (rows * self.seq_len):.2%} of them padding"
+        )
+
+    def state_dict(self) -> dict:
+        return {"epoch": self.epoch, "row": self.row}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.epoch, self.row = state["epoch"], state["row"]
 
 
 def make_batch(rows: list[Row], seq_len: int, max_documents: int) -> Batch:

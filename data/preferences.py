@@ -19,30 +19,37 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 from tqdm import tqdm
 
-from data import builtin, builtin_tasks
+from data import builtin_tasks
 from data.chat import ChatTemplate, Message, Rendered, check_messages, render_many, to_messages
-from data.conversations import BUILTIN_PREFIX, HUB_PREFIX, Tally, source_revision, stored_records
 from data.packing import IGNORE, Piece, cut_document
-from data.shards import is_held_out, write_atomic
-from data.sources import BrokenRow, Record
+from data.records import (
+    Account,
+    RecordSource,
+    Row,
+    Tally,
+    cached_tensors,
+    read_source,
+    source_revision,
+    tell_account,
+    usable_rows,
+)
+from data.shards import is_held_out
+from data.sources import Record
 from data.tokenizer import Tokenizer
 from utils.config import Config, ConfigError, Problem
 from utils.logging import get_logger
 
 FORMAT = 1
-BUILTIN = "builtin:pairs"
-BUILTIN_ROWS = {"train": 8_000, "heldout": 500}
+BUILTIN_EXAMPLES = {"train": 4_000, "heldout": 400}
 CHUNK = 500  # pairs encoded at a time
-TENSORS = ("tokens", "learned", "ends", "held_out")
 SHAPES = (
     "prompt, chosen, rejected: texts",
     "prompt, chosen, rejected: lists of messages [{role, content}, ...]",
@@ -51,25 +58,10 @@ SHAPES = (
 )
 
 
-class PairSource(Config):
+class PairSource(RecordSource):
     """One source of preference pairs."""
 
-    name: str
-    """Unique name, used for folders and messages."""
-    path: str
-    """A file, folder or glob of jsonl, json or parquet; `hub:OWNER/NAME`; or `builtin:pairs`."""
-    split: str = "train"
-    """The split of a hub dataset."""
-    subset: str | None = None
-    """The subset of a hub dataset that has several."""
-    exact_match: bool = False
-    """Its chosen answers are the only right ones: held-out questions are asked and compared."""
-
-    def problems(self) -> Iterator[Problem]:
-        if self.path.startswith(BUILTIN_PREFIX) and self.path != BUILTIN:
-            yield Problem(("path",), f"path ('{self.path}'): the built-in pairs are '{BUILTIN}'")
-        if not self.name.replace("-", "_").isidentifier():
-            yield Problem(("name",), f"name ('{self.name}') must be letters, digits, '-' and '_'")
+    BUILTIN: ClassVar = "builtin:pairs"
 
 
 class PairDataConfig(Config):
@@ -80,7 +72,7 @@ class PairDataConfig(Config):
     """Tokenized pairs and the reference's log-probabilities; may be deleted."""
     seq_len: int = 2_048
     """Tokens per row (T); a pair, its prompt twice, stands in one row."""
-    max_pairs_per_row: int = 8
+    max_pairs_per_row: int = 16
     """At most so many pairs in a row: cu_seqlens has a fixed length."""
     too_long: Literal["truncate", "drop"] = "drop"
     """What happens to pairs that do not fit into a row; either way they are counted. truncate: the
@@ -115,8 +107,11 @@ class PairDataConfig(Config):
 # Rows to two conversations
 
 
-def to_pair(record: Record) -> tuple[object, object] | None:
-    """The chosen and the rejected conversation of a record in one of `SHAPES`, to be checked."""
+Pair = tuple[list[Message], list[Message]]  # the chosen and the rejected conversation
+
+
+def to_pair(record: Record) -> Pair | None:
+    """The conversations of a record in one of `SHAPES`, to be checked; None if in none of them."""
     if "chosen" not in record or "rejected" not in record:
         return None
     chosen, rejected = (
@@ -153,12 +148,13 @@ def _dialogue(text: str) -> list[Message] | None:
     ]
 
 
-def check_pair(chosen: object, rejected: object) -> str | None:
+def check_pair(pair: Pair) -> str | None:
     """Why a pair cannot be trained on, in a few words; None if it can."""
-    for side, messages in (("chosen", chosen), ("rejected", rejected)):
+    for side, messages in zip(("chosen", "rejected"), pair, strict=True):
         if reason := check_messages(messages):
             return f"{side}: {reason}"
-    common = common_messages(chosen, rejected)
+    chosen, rejected = pair
+    common = len(prompt_of(pair))
     if common == len(chosen) == len(rejected):
         return "chosen equal to rejected"
     if common in (len(chosen), len(rejected)):
@@ -168,63 +164,14 @@ def check_pair(chosen: object, rejected: object) -> str | None:
     return None
 
 
-def common_messages(chosen: list[Message], rejected: list[Message]) -> int:
-    """How many messages two conversations begin with alike, white space around them aside."""
-    for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)):
+def prompt_of(pair: Pair) -> list[Message]:
+    """The messages that both conversations begin with, white space around them aside."""
+    prompt = []
+    for a, b in zip(*pair, strict=False):
         if a["role"] != b["role"] or a["content"].strip() != b["content"].strip():
-            return i
-    return min(len(chosen), len(rejected))
-
-
-@dataclass
-class _Row:
-    """A usable row: where it stands, what it says, and its split if the source decides it."""
-
-    place: str
-    chosen: list[Message]
-    rejected: list[Message]
-    held_out: bool | None
-
-    @property
-    def prompt(self) -> list[Message]:
-        return self.chosen[: common_messages(self.chosen, self.rejected)]
-
-
-def _read(source: PairSource, bad: Tally) -> Iterator[_Row]:
-    """The usable rows of a source; the others are added to `bad`.
-
-    Raises:
-        ConfigError: no row so far has a shape that is known.
-    """
-    shape_seen = False
-    for place, record, held_out in _records(source):
-        if isinstance(record, BrokenRow):
-            bad.add(record.reason, place)
-            continue
-        pair = to_pair(record)
-        if pair is None and not shape_seen:
-            excerpt = json.dumps(record, default=str)[:300]
-            raise ConfigError(
-                f"source '{source.name}', {place}: no known shape in its fields "
-                f"{', '.join(map(repr, record))}: {excerpt}\n  Shapes accepted:\n    "
-                + "\n    ".join(SHAPES)
-            )
-        shape_seen = True
-        reason = "no known shape" if pair is None else check_pair(*pair)
-        if reason:
-            bad.add(reason, place)
-        else:
-            yield _Row(place, *pair, held_out)
-
-
-def _records(source: PairSource) -> Iterator[tuple[str, Record | BrokenRow, bool | None]]:
-    if source.path != BUILTIN:
-        for place, record in stored_records(source):
-            yield place, record, None
-        return
-    for split, rows in BUILTIN_ROWS.items():
-        for i in range(rows):
-            yield f"{split} row {i}", builtin_tasks.preference(split, i), split == "heldout"
+            break
+        prompt.append(a)
+    return prompt
 
 
 # ---------------------------------------------------------------------------------------------
@@ -309,24 +256,22 @@ def _load_source(
 ) -> dict[str, np.ndarray]:
     digest = _digest(source, config, tokenizer, template)
     path = Path(config.cache_dir) / f"{source.name}-{digest}.safetensors"
-    if not path.exists():
-        tensors, account = _tokenize(source, config, tokenizer, template)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, safetensors.numpy.save(tensors, {"account": json.dumps(account)}))
-    with safetensors.safe_open(path, "np") as file:
-        account = json.loads(file.metadata()["account"])
-        tensors = {name: file.get_tensor(name) for name in TENSORS}
-    _give_account(source, tensors, account, config)
+    tensors, account = cached_tensors(path, partial(_tokenize, source, config, tokenizer, template))
+    held_out = tensors["held_out"]
+    get_logger().info(
+        f"source '{source.name}': {len(held_out):,} pairs, {int(held_out.sum()):,} of them held "
+        f"out; {len(tensors['tokens']):,} tokens, {int(tensors['learned'].sum()):,} in answers"
+    )
+    tell_account(source, account, config.seq_len, config.bad_rows)
     return tensors
 
 
 def _digest(
     source: PairSource, config: PairDataConfig, tokenizer: Tokenizer, template: ChatTemplate
 ) -> str:
-    is_builtin = source.path == BUILTIN
     identity = {
         "format": ["pairs", FORMAT],
-        "content": [builtin.VERSION, BUILTIN_ROWS] if is_builtin else source_revision(source),
+        "content": source_revision(source, BUILTIN_EXAMPLES),
         "tokenizer": tokenizer.fingerprint,
         "template": template.state_dict(),
         "seq_len": config.seq_len,
@@ -338,24 +283,26 @@ def _digest(
 
 def _tokenize(
     source: PairSource, config: PairDataConfig, tokenizer: Tokenizer, template: ChatTemplate
-) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
-    """The tensors of one source, and the tallies of bad rows and of too long pairs."""
-    bad, too_long = Tally(), Tally()
+) -> tuple[dict[str, np.ndarray], Account]:
+    """The tensors of one source, and what was left out."""
+    account = Account()
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     tokens, learned, held_out = [np.empty(0, dtype)], [np.empty(0, bool)], []
-    rows = _read(source, bad)
+    records = read_source(source, builtin_tasks.preference, BUILTIN_EXAMPLES)
+    rows = usable_rows(source, records, to_pair, check_pair, SHAPES, account.bad)
     with tqdm(desc=f"tokenizing {source.name}", unit=" pairs") as bar:
         while chunk := list(islice(rows, CHUNK)):
-            conversations = [messages for row in chunk for messages in (row.chosen, row.rejected)]
+            conversations = [messages for row in chunk for messages in row.value]
             rendered = render_many(conversations, tokenizer, template)
-            for row, *pair in zip(chunk, rendered[::2], rendered[1::2], strict=True):
-                for answer in pair:
-                    _learn_answer_only(answer, row.prompt)
-                if not _fit(*pair, config, too_long, row.place):
+            for row, *answers in zip(chunk, rendered[::2], rendered[1::2], strict=True):
+                prompt = prompt_of(row.value)
+                for answer in answers:
+                    _learn_answer_only(answer, prompt)
+                if not _fit(*answers, config, account.too_long, row.place):
                     continue
-                tokens += [np.array(answer.tokens, dtype) for answer in pair]
-                learned += [np.array(answer.learned, bool) for answer in pair]
-                held_out.append(_is_held_out(row, config.held_out_fraction))
+                tokens += [np.array(answer.tokens, dtype) for answer in answers]
+                learned += [np.array(answer.learned, bool) for answer in answers]
+                held_out.append(_is_held_out(row, prompt, config.held_out_fraction))
             bar.update(len(chunk))
     tensors = {
         "tokens": np.concatenate(tokens),
@@ -363,7 +310,7 @@ def _tokenize(
         "ends": np.cumsum([len(t) for t in tokens[1:]], dtype=np.int64),
         "held_out": np.array(held_out, bool),
     }
-    return tensors, {"bad": vars(bad), "too_long": vars(too_long)}
+    return tensors, account
 
 
 def _learn_answer_only(rendered: Rendered, prompt: list[Message]) -> None:
@@ -395,34 +342,8 @@ def _fit(
     return True
 
 
-def _is_held_out(row: _Row, fraction: float) -> bool:
+def _is_held_out(row: Row[Pair], prompt: list[Message], fraction: float) -> bool:
     if row.held_out is not None:
         return row.held_out
-    asked = [m["content"] for m in row.prompt if m["role"] != "assistant"]
+    asked = [m["content"] for m in prompt if m["role"] != "assistant"]
     return is_held_out("\n".join(asked), fraction)
-
-
-def _give_account(
-    source: PairSource,
-    tensors: dict[str, np.ndarray],
-    account: dict[str, dict],
-    config: PairDataConfig,
-) -> None:
-    """Log what a source holds and what was left out; refuse bad rows where they are fatal."""
-    bad, too_long = Tally(**account["bad"]), Tally(**account["too_long"])
-    held_out = tensors["held_out"]
-    get_logger().info(
-        f"source '{source.name}': {len(held_out):,} pairs, {int(held_out.sum()):,} of them held "
-        f"out; {len(tensors['tokens']):,} tokens, {int(tensors['learned'].sum()):,} in answers"
-    )
-    if too_long.counts:
-        get_logger().warning(
-            f"source '{source.name}', pairs longer than {config.seq_len:,} tokens: {too_long}"
-        )
-    if bad.counts and config.bad_rows == "fatal":
-        raise ConfigError(
-            f"source '{source.name}', rows that cannot be used: {bad}. "
-            "Mend or remove them, or set data.bad_rows to skip"
-        )
-    if bad.counts:
-        get_logger().warning(f"source '{source.name}', rows skipped: {bad}")

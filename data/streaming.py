@@ -154,9 +154,7 @@ class PretrainLoader:
     def __next__(self) -> list[Batch]:
         pieces = iter(self._next_piece, None)
         rows = [self.packer.next_row(pieces) for _ in range(self.rows_per_step)]
-        mine = range(
-            self.rank * self.micro_batch, len(rows), self.world_size * self.micro_batch
-        )
+        mine = range(self.rank * self.micro_batch, len(rows), self.world_size * self.micro_batch)
         return [self._batch(rows[start : start + self.micro_batch]) for start in mine]
 
     def _batch(self, rows: list[list[Piece]]) -> Batch:

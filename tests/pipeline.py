@@ -83,7 +83,9 @@ def _child(
 ) -> None:
     os.chdir(ROOT)
     for kind, stream in (("out", sys.stdout), ("err", sys.stderr)):
-        descriptor = os.open(Path(log).with_suffix(f".{kind}"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        descriptor = os.open(
+            Path(log).with_suffix(f".{kind}"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC
+        )
         os.dup2(descriptor, stream.fileno())
     import torch
 

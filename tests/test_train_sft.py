@@ -119,7 +119,7 @@ def test_it_learns_to_answer_and_to_stop(undisturbed, tokenizer):
     assert first["sft/base_exact_match"] == first["sft/exact_match"] == 0
     assert last["sft/exact_match"] > 0.9
     assert last["sft/stopped_frac"] == 1
-    assert last["sft/val_loss"] < 0.1 < 3 < first["sft/val_loss"]
+    assert last["sft/val_loss"] < 0.5 < 3 < first["sft/val_loss"]
     state = final(undisturbed)
     assert state["stage"] == "sft"
     assert ChatTemplate.from_state(state["chat_template"]) == ChatTemplate.of(tokenizer)
@@ -137,7 +137,7 @@ def test_samples_are_kept_at_every_evaluation(undisturbed):
 KILLS = [
     (Fault("train.loop.train_step", 13), Fault("train.loop.train_step", 2)),
     (Fault("pathlib.Path.replace", 4), Fault("utils.checkpoint._flush", 3)),  # while saving
-    (Fault("data.conversations.write_atomic", 1), Fault("train.chat_evals.generate", 5)),
+    (Fault("data.records.write_atomic", 1), Fault("train.chat_evals.generate", 5)),
 ]
 
 

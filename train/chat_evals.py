@@ -81,7 +81,8 @@ def few_shot_exact_match(
 ) -> float:
     """The share of known answers that a base model gives after solved examples.
 
-    Its answer is the first line that it writes.
+    Its answer is the first line that it writes. What does not fit into the context is cut off at
+    the front.
     """
     known = [q for q in questions if q.known][dist.rank :: dist.world_size]
     expected = [tokenizer.decode(question.answer).strip() for question in known]
@@ -90,9 +91,11 @@ def few_shot_exact_match(
         for example in examples
     )
     bos = [tokenizer.bos_id] if tokenizer.add_bos else []
-    prompts = [bos + tokenizer.encode(solved + _asked(question, tokenizer)) for question in known]
     longest = max((len(question.answer) for question in known), default=0)
-    completions = _complete(model, prompts, tokenizer, longest + 4)  # a space, the end of the line
+    new = min(longest + 4, model.config.max_seq_len // 2)  # 4: a space, the end of the line
+    room = model.config.max_seq_len - new - len(bos)
+    prompts = [bos + tokenizer.encode(solved + _asked(q, tokenizer))[-room:] for q in known]
+    completions = _complete(model, prompts, tokenizer, new)
     right = sum(
         tokenizer.decode(completion).strip().partition("\n")[0].strip() == answer
         for completion, answer in zip(completions, expected, strict=True)

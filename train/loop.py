@@ -59,7 +59,8 @@ class LoopConfig(Config):
                 yield Problem((key,), f"{key} ({value}) must be above 0")
         if self.keep_checkpoints < 1:
             yield Problem(
-                ("keep_checkpoints",), f"keep_checkpoints ({self.keep_checkpoints}) must be 1 or more"
+                ("keep_checkpoints",),
+                f"keep_checkpoints ({self.keep_checkpoints}) must be 1 or more",
             )
 
 
@@ -320,9 +321,7 @@ def _step_and_log(
 ) -> None:
     training.boundary = training.position()
     try:
-        stepped = train_step(
-            training, next(training.loader), loss_fn, config.clip_norm, dist, stop
-        )
+        stepped = train_step(training, next(training.loader), loss_fn, config.clip_norm, dist, stop)
     except torch.cuda.OutOfMemoryError as error:
         raise ConfigError(
             "the GPU is out of memory; halve train.micro_batch: batch_tokens, and with it the "

@@ -17,19 +17,14 @@ Left out: hinge losses (SLiC), losses without a reference (SimPO, ORPO), unpaire
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.preferences import PairBatch
-from models.transformer import Transformer
-from models.verifier import Verifier
-from train.loss import token_logprobs
 from utils.config import Config, Problem
-from utils.distributed import Distributed
 
 PER_TOKEN = ("dpo_norm", "ipo")
 SMOOTHED = ("dpo", "dpo_norm")
@@ -225,105 +220,3 @@ def sum_by_sequence(values: Tensor, seq_ids: Tensor, n_sequences: int) -> Tensor
     """
     sums = values.new_zeros(n_sequences + 1)
     return sums.index_add(0, seq_ids + 1, values)[1:]
-
-
-def answer_logprobs(model: Transformer, batch: PairBatch) -> Tensor:
-    """(P, 2) float32 log-probabilities of the chosen and rejected answers; 0 where no pair is."""
-    hidden = model(batch.tokens, batch.positions, batch.cu_seqlens)  # (B, T, C)
-    logp, _ = token_logprobs(hidden.flatten(0, 1), model.head_weight, batch.targets.flatten())
-    sums = sum_by_sequence(logp, batch.seq_ids.flatten(), 2 * len(batch.pair_ids))
-    return sums.view(-1, 2)  # (P, 2)
-
-
-def preference_loss(
-    model: Transformer,
-    batch: PairBatch,
-    config: PreferenceConfig,
-    reference: Transformer | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Summed loss of a batch's pairs, and what to log of it, summed.
-
-    Args:
-        reference: the model to compare with; None: the batch has its log-probabilities.
-    """
-    policy = answer_logprobs(model, batch)  # (P, 2)
-    with torch.no_grad():
-        fixed = batch.ref_logp if reference is None else answer_logprobs(reference, batch)
-    losses, rewards = pair_losses(policy, fixed, batch.lengths, config)
-    policy, rewards = policy.detach(), rewards.detach()
-    metrics = reward_metrics(rewards) | likelihood_metrics(policy, fixed)
-    return _sums(losses, metrics, batch)
-
-
-def verifier_loss(model: Verifier, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Summed Bradley-Terry loss of a batch's pairs, and what to log of it, summed."""
-    scores = answer_scores(model, batch)  # (P, 2)
-    return _sums(bradley_terry(scores), reward_metrics(scores.detach()), batch)
-
-
-def answer_scores(model: Verifier, batch: PairBatch) -> Tensor:
-    """(P, 2) float32 scores of the chosen and rejected answers."""
-    hidden = model(batch.tokens, batch.positions, batch.cu_seqlens)  # (B, T, C)
-    return model.scores(hidden.flatten(0, 1)[batch.last_tokens])  # (P, 2)
-
-
-def _sums(
-    losses: Tensor, metrics: dict[str, Tensor], batch: PairBatch
-) -> tuple[Tensor, dict[str, Tensor]]:
-    real = batch.pair_ids >= 0
-    sums = {name: values.where(real, 0).sum() for name, values in metrics.items()}
-    return losses.where(real, 0).sum(), sums
-
-
-# ---------------------------------------------------------------------------------------------
-# Over all pairs
-
-LossFn = Callable[[Transformer, PairBatch], tuple[Tensor, dict[str, Tensor]]]
-
-
-@torch.no_grad()
-def held_out_preference(
-    model: Transformer, batches: list[PairBatch], loss_fn: LossFn, dist: Distributed
-) -> dict[str, float]:
-    """Means over the held-out pairs: `val/loss`, and `pref/val_x` for each `pref/x` of training."""
-    model.eval()
-    totals: dict[str, Tensor] = {}
-    for batch in batches[dist.rank :: dist.world_size]:
-        loss, metrics = loss_fn(model, batch.to(dist.device))
-        for name, value in {"val/loss": loss, **metrics}.items():
-            totals[name] = totals.get(name, 0) + value.double()
-    model.train()
-    sums = dist.all_reduce_sum(torch.stack([*totals.values()])).tolist()
-    pairs = sum(batch.weight for batch in batches)
-    names = (name.replace("pref/", "pref/val_") for name in totals)
-    return {name: value / pairs for name, value in zip(names, sums, strict=True)}
-
-
-@torch.no_grad()
-def score_statistics(
-    model: Verifier, batches: list[PairBatch], dist: Distributed
-) -> dict[str, float]:
-    """Mean and standard deviation of the held-out answers' scores, by which to standardise."""
-    model.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=dist.device)  # number, sum, squares
-    for batch in batches[dist.rank :: dist.world_size]:
-        batch = batch.to(dist.device)
-        scores = answer_scores(model, batch)[batch.pair_ids >= 0].double()
-        totals += torch.stack([scores.new_tensor(scores.numel()), scores.sum(), (scores**2).sum()])
-    model.train()
-    number, total, squares = dist.all_reduce_sum(totals).tolist()
-    mean = total / number
-    return {"mean": mean, "deviation": max(squares / number - mean**2, 0.0) ** 0.5}
-
-
-@torch.no_grad()
-def reference_logprobs(
-    model: Transformer, batches: Iterable[PairBatch], n_pairs: int, dist: Distributed
-) -> Tensor:
-    """(n_pairs, 2) log-probabilities of every pair's answers, on the host."""
-    table = torch.zeros(n_pairs + 1, 2, device=dist.device)  # the last line is for empty places
-    for i, batch in enumerate(batches):
-        if i % dist.world_size == dist.rank:
-            batch = batch.to(dist.device)
-            table[batch.pair_ids] = answer_logprobs(model, batch)
-    return dist.all_reduce_sum(table)[:-1].cpu()

@@ -79,7 +79,9 @@ class TrainConfig(LoopConfig):
             if value is not None and value <= 0:
                 yield Problem((key,), f"{key} ({value:,}) must be above 0")
         if sum(getattr(self, key) is not None for key in self.LENGTHS) != 1:
-            yield Problem(self.LENGTHS, f"give the length as {' or '.join(self.LENGTHS)}, one of them")
+            yield Problem(
+                self.LENGTHS, f"give the length as {' or '.join(self.LENGTHS)}, one of them"
+            )
 
     @property
     def total_steps(self) -> int:
@@ -148,11 +150,16 @@ def start_devices(runtime: RuntimeConfig, run_seed: int) -> Distributed:
     return dist
 
 
-def build_model(config: ModelConfig, runtime: RuntimeConfig, dist: Distributed) -> Transformer:
+def build_model(
+    config: ModelConfig,
+    runtime: RuntimeConfig,
+    dist: Distributed,
+    kind: type[Transformer] = Transformer,
+) -> Transformer:
     """The model on its device, its attention kernel chosen and said."""
     on_gpu = dist.device.type == "cuda"
     name = runtime.precision if runtime.precision != "auto" else ("bf16" if on_gpu else "fp32")
-    model = Transformer(config, PRECISIONS[name], runtime.attention).to(dist.device)
+    model = kind(config, PRECISIONS[name], runtime.attention).to(dist.device)
     try:
         kernel, reason = model.attention_kernel()
     except ValueError as error:
@@ -192,6 +199,23 @@ def load_base(args: CommandLine, stages: Sequence[str], model: ModelConfig) -> d
             + "\nset model: to the file that the checkpoint was trained with"
         )
     return base
+
+
+def expected_steps(config: Config) -> int:
+    """The length that --dry-run assumes: it has no data from which to tell an epoch's.
+
+    Raises:
+        ConfigError: the length is in epochs, and `data.expected_tokens` is not given.
+    """
+    train, tokens = config.train, config.data.expected_tokens
+    if train.epochs is None:
+        return train.total_steps
+    if tokens is None:
+        raise ConfigError(
+            "--dry-run reads no data and cannot tell how long an epoch is: give a rough "
+            "data.expected_tokens, or the length as train.steps"
+        )
+    return math.ceil(train.epochs * tokens / train.batch_tokens)
 
 
 def with_steps(config: Config, steps: int) -> Config:
@@ -240,7 +264,7 @@ def _check_state(
     if state["stage"] != stage:
         raise CheckpointError(
             f"{path} is a checkpoint of stage '{state['stage']}', not '{stage}'; "
-            f"give one made by train_{stage}.py"
+            "give one of this stage"
         )
     if "optimizer" not in state:
         raise CheckpointError(
@@ -286,13 +310,13 @@ def make_cost_tracker(config: Config, dist: Distributed) -> CostTracker:
     return CostTracker.for_device(config.cost, name, tokens, dist.world_size)
 
 
-def open_metrics(run: RunDirectory, step: int, dist: Distributed) -> MetricsLog:
-    """The run's metrics, cut back to the step it goes on from; the first process alone writes."""
+def open_log(path: Path, training: Training, dist: Distributed) -> MetricsLog:
+    """A run's metrics or samples, cut back to where it goes on; the first process alone writes."""
     if not dist.is_main:
         return MetricsLog(os.devnull)
-    metrics = MetricsLog(run.metrics)
-    metrics.cut_back(step)
-    return metrics
+    log = MetricsLog(path)
+    log.cut_back(training.step, evaluated=training.evaluated_at == training.step)
+    return log
 
 
 def finish(

@@ -61,10 +61,10 @@ class MetricsLog:
                 get_logger().warning(f"{self.path}: not written: {error.strerror}")
             self._failing = True
 
-    def cut_back(self, step: int) -> None:
-        """Drop the lines after `step` and a torn last line."""
+    def cut_back(self, step: int, evaluated: bool = True) -> None:
+        """Drop what a run resumed at `step` will report again, and torn lines; see `cut_back`."""
         self.close()
-        cut_back(self.path, step)
+        cut_back(self.path, step, evaluated)
         self._file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
@@ -82,14 +82,24 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return [values for _, values in _whole_lines(Path(path))]
 
 
-def cut_back(path: str | Path, step: int) -> None:
-    """Rewrite a JSON-lines file without torn lines and those whose `step` is later, atomically."""
+def cut_back(path: str | Path, step: int, evaluated: bool = True) -> None:
+    """Rewrite a JSON-lines file without torn lines and those whose `step` is later, atomically.
+
+    A step is evaluated after it is logged; when it is not `evaluated` yet, only the lines of its
+    training are kept.
+    """
     path = Path(path)
     if not path.exists():
         return
+
+    def kept(values: Mapping[str, Any]) -> bool:
+        if values["step"] == step:
+            return evaluated or "train/loss" in values
+        return values["step"] < step
+
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(line for line, values in _whole_lines(path) if values["step"] <= step)
+        file.writelines(line for line, values in _whole_lines(path) if kept(values))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -162,6 +172,9 @@ def human_bytes(number: float) -> str:
 _CONSOLE = (
     ("train/loss", lambda x: f"loss {x:.3f}"),
     ("val/loss", lambda x: f"val {x:.3f}"),
+    ("sft/base_exact_match", lambda x: f"base exact {x:.1%}"),
+    ("sft/exact_match", lambda x: f"exact {x:.1%}"),
+    ("sft/stopped_frac", lambda x: f"stopped {x:.1%}"),
     ("train/grad_norm", lambda x: f"grad {x:.2f}"),
     ("train/lr", lambda x: f"lr {x:.1e}"),
     ("train/tokens_per_sec", lambda x: f"{human_count(x)} tok/s"),

@@ -298,16 +298,16 @@ def test_best_fit_against_the_obvious(lengths):
 
 def test_an_epoch_holds_every_conversation_once_and_whole(many):
     subject = loader(many, rows_per_step=1, micro_batch=1)
-    rows = len(subject.plan(0))
+    rows = len(subject.plan.of_epoch(0))
     seen = conversations_of([batch for _ in range(rows) for batch in next(subject)])
     trained = np.flatnonzero(~many.held_out)
     assert Counter(seen) == Counter(tuple(many.piece(i).tokens.tolist()) for i in trained)
-    assert (subject.epoch, subject.row) == (1, 0)
+    assert (subject.plan.epoch, subject.plan.row) == (1, 0)
 
 
 def test_the_order_depends_on_seed_and_epoch_alone(many):
-    plans = [loader(many, seed=s).plan(e) for s in (0, 1) for e in (0, 1)]
-    assert plans[0] == loader(many, rows_per_step=2, micro_batch=1).plan(0)
+    plans = [loader(many, seed=s).plan.of_epoch(e) for s in (0, 1) for e in (0, 1)]
+    assert plans[0] == loader(many, rows_per_step=2, micro_batch=1).plan.of_epoch(0)
     assert all(a != b for i, a in enumerate(plans) for b in plans[:i])
 
 
@@ -315,7 +315,7 @@ def test_the_order_depends_on_seed_and_epoch_alone(many):
 def test_weights_say_how_often_each_conversation_is_seen(load, tmp_path, weight, least, most):
     path = write(tmp_path / "a.jsonl", [{"messages": chat(i)} for i in range(200)])
     found = load(path, weight)
-    counts = Counter(m for row in loader(found).plan(0) for m in row)
+    counts = Counter(m for row in loader(found).plan.of_epoch(0) for m in row)
     times = Counter(int(i) for _, i in loader(found).members)
     trained = int((~found.held_out).sum())
     assert {times[i] for i in np.flatnonzero(~found.held_out)} == {least, most}
@@ -327,7 +327,7 @@ def test_several_sources_are_mixed_in_every_part_of_an_epoch(load, tmp_path):
     one = load(write(tmp_path / "a.jsonl", [{"messages": chat(i)} for i in range(100)]))
     two = load(write(tmp_path / "b.jsonl", [{"messages": chat(i)} for i in range(100, 200)]))
     subject = loader(one, two)
-    first_half = subject.plan(0)[: len(subject.plan(0)) // 2]
+    first_half = subject.plan.of_epoch(0)[: len(subject.plan.of_epoch(0)) // 2]
     sources = [int(subject.members[m][0]) for row in first_half for m in row]
     assert 0.3 < np.mean(sources) < 0.7
 
@@ -335,7 +335,7 @@ def test_several_sources_are_mixed_in_every_part_of_an_epoch(load, tmp_path):
 def test_resuming_anywhere_and_twice_gives_the_same_batches(many):
     whole = loader(many)
     steps = [next(whole) for _ in range(60)]
-    assert whole.epoch > 1
+    assert whole.plan.epoch > 1
     subject = loader(many)
     for step in range(60):
         if step % 3 == 2:
@@ -355,7 +355,7 @@ def test_ranks_and_micro_batches_share_the_rows_of_one_process(many):
 
 def test_steps_cover_the_epochs_without_a_short_one(many):
     subject = loader(many)
-    rows = sum(len(subject.plan(epoch)) for epoch in range(3))
+    rows = sum(len(subject.plan.of_epoch(epoch)) for epoch in range(3))
     assert 0 <= subject.steps(3) * 6 - rows < 6
     assert all(len(next(subject)) == 3 for _ in range(subject.steps(3)))
 
@@ -375,7 +375,7 @@ def test_padding_of_the_chat_sample_is_under_two_percent(tmp_path):
     found = load_conversations(source, config, tokenizer, ChatTemplate.of(tokenizer))
     subject = ChatLoader([found], config, seed=0, rows_per_step=64, micro_batch=16)
     for epoch in range(2):
-        plan = subject.plan(epoch)
+        plan = subject.plan.of_epoch(epoch)
         tokens = sum(found.lengths[subject.members[m][1]] for row in plan for m in row)
         assert tokens > 0.98 * len(plan) * config.seq_len
         assert max(map(len, plan)) <= config.max_documents_per_row

@@ -86,7 +86,9 @@ def test_a_lost_shard_is_made_again_alone(files, tmp_path, monkeypatch, damage):
     made = []
     tokenize = ShardStore._tokenize
     monkeypatch.setattr(
-        ShardStore, "_tokenize", lambda self, texts: made.append(len(texts)) or tokenize(self, texts)
+        ShardStore,
+        "_tokenize",
+        lambda self, texts: made.append(len(texts)) or tokenize(self, texts),
     )
     again = prepared(files, tmp_path / "cache")
     for i in range(len(again.shards)):
