@@ -7,7 +7,6 @@ python inference.py --checkpoint FILE --prompt "Once" --temperature 0 --max-new-
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable, Iterator
 
 import torch

@@ -70,7 +70,7 @@ def run(
     fault: Fault | None = None,
     largest_file: int | None = None,
 ) -> Outcome:
-    """Run a stage script to its end; files larger than `largest_file` bytes fail as on a full disk."""
+    """Run a stage script to its end; a file beyond `largest_file` bytes fails as on a full disk."""
     return Run(script, list(map(str, argv)), log, fault, largest_file).wait()
 
 

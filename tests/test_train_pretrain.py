@@ -1,4 +1,4 @@
-"""Pretraining as its users meet it: it learns, survives kills to the bit, and says what is wrong."""
+"""Pretraining as users meet it: it learns, survives kills to the bit, and says what is wrong."""
 
 import json
 import os
@@ -299,10 +299,10 @@ def test_two_processes_see_the_batches_of_one(undisturbed, config, tmp_path):
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
         "train_pretrain.py", "--config", str(config),
     ]  # fmt: skip
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+        command, cwd=ROOT, env=one_thread, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     one, two = (
         numbers(runs / "pretrain/metrics.jsonl") for runs in (undisturbed, tmp_path / "runs")

@@ -19,9 +19,9 @@ from models.config import ModelConfig
 from models.transformer import Transformer
 from train.loop import LoopConfig, Training
 from utils import checkpoint, cost_tracker, distributed, seed
-from utils.checkpoint import CheckpointError, Checkpointer
+from utils.checkpoint import Checkpointer, CheckpointError
 from utils.config import CommandLine, Config, ConfigError, Problem, check_resume, plain
-from utils.cost_tracker import CostConfig, CostTracker
+from utils.cost_tracker import CostTracker
 from utils.distributed import Distributed
 from utils.logging import MetricsLog, RunDirectory, get_logger, human_count, human_time
 

@@ -198,6 +198,20 @@ def test_the_cache_is_used_and_its_key_sees_what_matters(load, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 4
 
 
+def test_a_hub_dataset_is_read_like_a_file(load, tmp_path, monkeypatch):
+    """The hub itself is out of reach of the tests; what it would hand over is a local dataset."""
+    import datasets
+
+    records = [{"messages": chat(i)} for i in range(20)]
+    rows = datasets.Dataset.from_list([*records, BAD[0]])
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or rows)
+    found = load("hub:someone/chats")
+    assert asked[0] == (("someone/chats", None), {"split": "train"})
+    same = load(write(tmp_path / "a.jsonl", records))
+    assert found.tokens.tolist() == same.tokens.tolist()
+
+
 def test_builtin_chats_hold_out_their_own_split(load, monkeypatch):
     monkeypatch.setattr("data.builtin_tasks.N_EXAMPLES", {"train": 20, "heldout": 5})
     assert load("builtin:chats", seq_len=256).held_out.tolist() == [False] * 20 + [True] * 5

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.packing import IGNORE, Batch, RowPacker, cut_document, make_batch, pack_rows
+import itertools
 
 documents_strategy = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 shapes = {"seq_len": st.integers(2, 16), "max_documents": st.integers(1, 6)}
@@ -19,7 +20,7 @@ def numbered_documents(lengths: list[int]) -> list[np.ndarray]:
 
 def spans(batch: Batch) -> list[tuple[int, int]]:
     ends = batch.cu_seqlens.tolist()
-    return [(a, b) for a, b in zip(ends, ends[1:], strict=False) if a < b]
+    return [(a, b) for a, b in itertools.pairwise(ends) if a < b]
 
 
 @given(lengths=documents_strategy, **shapes)
@@ -28,7 +29,7 @@ def test_packing_keeps_every_token_and_every_target_in_order(lengths, seq_len, m
     batch = make_batch(pack_rows(documents, seq_len, max_documents), seq_len, max_documents)
     tokens = batch.tokens.flatten()
     assert tokens[tokens > 0].tolist() == np.concatenate(documents).tolist()
-    pairs = [(a, b) for d in documents for a, b in zip(d[:-1], d[1:], strict=True)]
+    pairs = [(a, b) for d in documents for a, b in itertools.pairwise(d)]
     learned = batch.targets.flatten() != IGNORE
     assert [
         (a, b)

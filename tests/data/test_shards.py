@@ -12,6 +12,7 @@ from data.shards import ShardStore, is_held_out
 from data.sources import SourceConfig
 from data.tokenizer import TokenizerConfig, train_tokenizer
 from utils.config import ConfigError
+import itertools
 
 TEXTS = [f"Document {i} says {'la ' * (i % 40)}and ends." for i in range(400)]
 TOKENIZER = train_tokenizer(TEXTS, TokenizerConfig(vocab_size=300))
@@ -60,7 +61,7 @@ def test_the_manifest_says_what_each_shard_holds(files, tmp_path):
     manifest = json.loads((store.directory / "manifest.json").read_text())
     assert manifest["complete"]
     rows = [(s["file"], s["first_row"], s["end_row"]) for s in manifest["shards"]]
-    for (file, first, end), (next_file, next_first, _) in zip(rows, rows[1:], strict=False):
+    for (file, first, end), (next_file, next_first, _) in itertools.pairwise(rows):
         assert next_first == (end if next_file == file else 0)
         assert first < end
     assert sum(s["documents"] + s["held_out_documents"] for s in manifest["shards"]) == 400
@@ -137,7 +138,7 @@ def test_held_out_is_cut_at_the_asked_number_of_tokens(files, tmp_path):
 
 @pytest.mark.parametrize("kill_at", [1, 2, 3, 4, 7])
 def test_a_build_killed_at_a_write_goes_on_where_it_was(files, tmp_path, monkeypatch, kill_at):
-    """Writes alternate between a shard and the manifest: odd numbers die before a shard is there."""
+    """Shards and the manifest are written in turn: odd numbers die before a shard is there."""
     before = contents(prepared(files, tmp_path / "undisturbed"))
     child = os.fork()
     if child == 0:
