@@ -122,7 +122,7 @@ def in_steps(draw: Draw) -> str:
 
 def times_table(draw: Draw) -> str:
     k, first = draw.between(2, 15), draw.between(1, 5)
-    head = draw.fill("[The table of <k>|Multiplying by <k>|<Name> learns the table of <k>]", k=k)
+    head = draw.fill("[The table of <k>, for <name>|<Name> learns the table of <k>]", k=k)
     rows = range(first, first + draw.between(5, 9))
     return "\n".join([head + ":", *(f"{i} x {k} = {i * k}" for i in rows)])
 
@@ -149,9 +149,9 @@ def sequence(draw: Draw) -> str:
 def equation(draw: Draw) -> str:
     k, x, b = draw.between(2, 9), draw.between(2, 12), draw.between(100, 300)
     return draw.fill(
-        "[Solve|<Name> solves|For <day>: solve] the equation <k>x + <b> = <c>.\nSubtract <b> from both "
-        "sides: <k>x = <kx>.\nDivide both sides by <k>: x = <x>.\nCheck: <k> x <x> = <kx>, and "
-        "<kx> + <b> = <c>.",
+        "[Solve|<Name> solves|For <day>: solve] the equation <k>x + <b> = <c>.\n"
+        "Subtract <b> from both sides: <k>x = <kx>.\nDivide both sides by <k>: x = <x>.\n"
+        "Check: <k> x <x> = <kx>, and <kx> + <b> = <c>.",
         **{"k": k, "x": x, "b": b, "kx": k * x, "c": k * x + b},
     )
 

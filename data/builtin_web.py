@@ -25,20 +25,18 @@ STORIES = (
 <Event> At last they found out what had happened: <lost>. <Name> was <mood> [and thanked \
 <name2>|and gave <name2> <a_fruit>|and smiled]. <Ending>""",
     """[Once upon a time|Long ago|Many years ago], <a_animal> lived near <a_land>. The <animal> \
-was <kind> but often <mood>, because it had no friends. [Every <daytime>|Every <day>] it walked to \
-the <land> and looked at the water.
+was <kind> but often <gloom>, because it had no friends. [Every <daytime>|Every <day>] it walked \
+to the <land> and looked at the water.
 
-One day <a_animal2> came by. "Why are you so <mood>?" asked the <animal2>.
+One day <a_animal2> came by. "Why are you so <gloom>?" asked the <animal2>.
 
 "Nobody talks to me," said the <animal>.
 
 "I will talk to you," said the <animal2>, "if you show me where the <fruit_s> grow." The <animal> \
 [agreed at once|thought about it and agreed|was glad to help]. They walked <direction> for \
 <number> days, and they talked [all the way|about the <season>|about everything they saw]. When \
-they came to the <fruit_s>, the <animal2> shared them, and the <animal> was not <mood> any more.
-
-[A friend is found on the road.|Who shares a road shares a story.|A small gift can be a good \
-beginning.]""",
+they came to the <fruit_s>, the <animal2> shared them, and the <animal> was not <gloom> any \
+more.""",
     """<Name> was <a_kind> <job> in <town>. <Event> <Event2> In the <daytime> <he> came to the \
 <place>, where <name2> was waiting with <a_look> <thing>.
 
@@ -98,7 +96,7 @@ o'clock.
 
 In the <daytime> I had to <chore>. I was <mood>, but I did it. Tomorrow I want to <chore2>. Good \
 night.""",
-    """There was once a <look> <thing> that could speak. It stood in the <room> of <a_job>, and \
+    """There was once <a_look> <thing> that could speak. It stood in the <room> of <a_job>, and \
 nobody knew its secret. One <daytime> <name> came to the house and heard a voice: "Please take me \
 to the <land>!"
 
@@ -135,7 +133,7 @@ Please [send me a new one|give me my money back|tell me what to do]. You can rea
 
 Yours sincerely,
 <name> <surname2>""",
-    """Greetings from <town>! We came by <vehicle> and stay [in a small inn|with my \
+    """Greetings from <town>! We came by <vehicle> and are staying [in a small inn|with my \
 <relation>|near the <place>] until <day>. The <land> is beautiful, and it is <weather> every \
 <daytime>. Yesterday we saw <a_animal> and <number> <animal2_s>. <Name> [eats <food> all day|has \
 lost <his> <thing>|wants to stay for ever]. See you in <month>!
@@ -154,7 +152,7 @@ and <his> <relation> will be there too. [I will bring <food> and <drink>.|Please
 
 [See you soon|Best wishes|Yours],
 <name>""",
-    """Dear <relation>,
+    """Dear <Relation>,
 
 My first week at the school in <town> is over. My room is <size> and has a view of the <land>. I \
 share it with <name>, who is <age> years old and likes <subject> and <game>. <He> is <kind>, but \
@@ -179,7 +177,7 @@ You need:
 Wash the <vegetable_s> and cut them [into small pieces|in half|into thin slices]. Cook them in \
 <a_size> pot for <minute> minutes. Then add the <vegetable2_s> and [stir <manner>|wait until they \
 are soft|cook for ten more minutes]. Put in the <herb> at the end. Serve the soup hot, with the \
-<food>. It is enough for <number> people and tastes best on a <weather> day.""",
+<food>. It is enough for <number> people.""",
     """How to Bake <Fruit> Cake
 
 For the dough take <grams> grams of flour, <grams2> grams of sugar and <n> eggs. Mix them in \
@@ -228,10 +226,9 @@ In the afternoon the wind will come from the <direction>, with <n+n2> degrees by
 <vegetable_s>.] On <day2> it will be <weather3> everywhere. The coldest place yesterday was \
 <town3> with <n2> degrees.""",
     """<Town> and <town2> played <game> on <day>. After <minute> minutes <town> led by <n>, but \
-then <name> <surname>, who is a <job> in <town2>, [made three points|woke up|could not be \
-stopped]. The <weather> day made it hard for both teams. At the end the players shook hands and \
-[went to the <place>|drank <drink> together|gave <name> the ball]. They meet again in <month>, \
-then in <town2>.""",
+then <name> <surname>, who is <a_job> in <town2>, [made three points|woke up|could not be \
+stopped]. The <weather> day made it hard for both teams. Then the players [went to the \
+<place>|drank <drink> together]. They meet again in <month>, then in <town2>.""",
     """New <place> in <town>
 
 After <number> years of work, the new <place> in <town> opened on <date> <month>. It is built of \
@@ -246,8 +243,8 @@ A thief who had taken <a_colour> <thing> from the <place> was caught on <day>. <
 tree|an open window]. <He> called the police and waited. It turned out that the thief was \
 <a_animal>. It had also taken <n> <fruit_s> and <a_thing2>. The owner was <mood>, and the <animal> \
 now lives in the zoo of <town2>.""",
-    """The <place> club of <town> met on <date> <month> at <hour> o'clock. Present: <name> \
-(chair), <name2>, <name3> and <name4>. <Name2> reported that the <thing> had been repaired for \
+    """The <place> club of <town> met on <date> <month> at <hour> o'clock. Present: <name> (in the \
+chair), <name2>, <name3> and <name4>. <Name2> reported that the <thing> had been repaired for \
 <price> pounds. <Name3> asked who would <chore>; <name4> offered to do it. It was agreed to buy \
 <number> <colour> <thing2_s>. [There was a long talk about the <weather> <season>.|Nobody wanted \
 to talk about money.] The next meeting is on <day>.""",
@@ -276,10 +273,6 @@ finds <a_thing2> and must bring it to the <land>. On the way there <a_animal> he
 <ordinal> chapter best, when it is <weather> and everybody waits in the <place>. The end made me \
 <mood>. [It is a good book for children of <age>.|The pictures are by <name2> <surname2>.|It has \
 <hundred> pages.] <Opinion>""",
-    """For sale: <a_look> <thing>, <colour>, made of <material>, from <year>. It belonged to my \
-<relation>, who was <a_job>. Price: <price> pounds. Also <a_look2> <thing2> and <n> <thing3_s>. \
-Please call <name> in <town> after <hour> o'clock, but not on <day>. [I can bring them by \
-<vehicle>.|I would also take <a_thing4> for it.] Only for friends of old things!""",
     """Wanted: <a_kind> <job> for our <place> in <town>. You work from <day> to <day2> and begin \
 at <n> o'clock. You should like <subject> and <animal_s>, and you must be able to <chore> and to \
 <chore2>. We pay <hundred> pounds a week and give you <food> and <drink>. [A room is free.|You can \
@@ -315,9 +308,9 @@ Clerk: Here you are. Have a good <daytime>!""",
 <Name>: [Of course.|If I must.|That is not fair!] Shall we meet at <hour>?
 <Name2>: Yes, at <hour>, and bring some <food>.""",
     """"What is the matter?" asked the doctor. "I cannot sleep," said <name>. "Since <month> there \
-is <a_animal> in my <room>, and it [sings|dances|talks to my <pet>] all night." The doctor looked \
-at <him> <manner>. "Drink a cup of <drink> at <hour> o'clock and eat <n> <fruit_s> a day," said \
-the doctor. "And the <animal>?" asked <name>. "Give it some <fruit_s> too." A week later the \
+has been <a_animal> in my <room>, and it [sings|dances|talks to my <pet>] all night." The doctor \
+looked at <him> <manner>. "Drink a cup of <drink> at <hour> o'clock and eat <n> <fruit_s> a day," \
+said the doctor. "And the <animal>?" asked <name>. "Give it some <fruit_s> too." A week later the \
 <animal> slept, and so did <name>.""",
     """Question from <name>, <town>: My <tree> tree is <n> years old and has no leaves. I water it \
 every <day>. What is wrong?
@@ -339,7 +332,7 @@ Who can help me? Ask <name> <surname>. <He> speaks <number> languages and is alw
 )
 
 READING = (
-    """<Name> is <age> years old and lives in <town>. <He> has <a_colour> <thing> and a <pet> \
+    """<Name> is <age> years old and lives in <town>. <He> has <a_colour> <thing> and <a_pet> \
 called <surname>. On <day> <he> goes to the <place> with <his> <relation>.
 
 Question: Where does <name> live?
@@ -391,7 +384,7 @@ Q: How many <animal_s> are there? A: <n>
 Q: How many <animal_s> and <animal2_s> are there together? A: <n+n2>
 Q: Where do the <animal_s> live? A: by the <land>
 Q: What do they eat? A: <fruit_s>
-Q: Are there <pet_s> at the zoo? A: [no|the text does not say]""",
+Q: What is the house of the <animal2_s> made of? A: <material>""",
     """The <Colour> <Thing> (a song from <town>)
 
 I had <a_thing> of <colour> and gold,

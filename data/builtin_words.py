@@ -33,6 +33,7 @@ _WORDS = {
     "clean empty elegant ugly",
     "kind": "kind clever shy brave friendly patient cheerful quiet careful funny gentle proud",
     "mood": "happy sad tired proud hungry angry nervous calm curious lonely excited glad",
+    "gloom": "sad lonely unhappy gloomy worried bitter",
     "thing": "lamp clock kettle basket umbrella key ring book map mirror drum flute kite bell "
     "candle blanket bottle box brush bucket button camera chair coin comb cup doll envelope hammer "
     "hat helmet jar knife ladder letter mug needle oar pan pencil pillow plate pot radio rope "
@@ -127,14 +128,14 @@ _PHRASES = {
     "outcome": """
         In the end <he> got what <he> wanted, and it cost only <price6> coins.
         It took <number6> days, but it was worth it.
-        Nothing came of it, but <he> was not <mood6>.
+        Nothing came of it, but <he> was not <gloom6>.
         Together they found a way, as friends do.
         "I should have asked earlier," said <name>.
         <Name2> gave <him> <a_colour7> <thing7>, and that was even better.
         So <he> learned to be <kind6>.
         And because <he> was <kind6>, everything ended well.""",
     "event": """
-        <He> met <a_job> who was carrying <a_colour3> <thing4>.
+        <He> met <a_job5> who was carrying <a_colour3> <thing4>.
         It began to rain, so <he> waited in the <place3>.
         A <size3> dog barked at <him>, but <he> was not afraid.
         <He> stopped to eat <a_fruit> and drink some <drink>.
