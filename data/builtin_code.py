@@ -23,32 +23,32 @@ def test_count_<item_s>():
     assert count_<item_s>([], <n>) == 0
 ''',
     '''def find_<quality>_<item>(<item_s>, limit=<hundred>):
-    """Return the first <item> whose <field> is [above|at least] the limit, or None."""
+    """Return the first <item> whose <amount> is [above|at least] the limit, or None."""
     for <item> in <item_s>:
-        if <item>["<field>"] [>|>=] limit:
+        if <item>["<amount>"] [>|>=] limit:
             return <item>
     return None
 
 
 <item_s> = [
-    {"<field>": <grams>, "<field2>": "<thing>"},
-    {"<field>": <hundred2>, "<field2>": "<thing2>"},
+    {"<amount>": <grams>, "<field>": "<thing>"},
+    {"<amount>": <hundred2>, "<field>": "<thing2>"},
 ]
 print(find_<quality>_<item>(<item_s>))
 ''',
     '''class <Item>:
-    """[A|One] <item> of the <module>, with <a_field> and <a_field2>."""
+    """[A|One] <item> of the <module>, with <a_field> and <a_amount>."""
 
-    def __init__(self, <field>, <field2>=<n>):
+    def __init__(self, <field>, <amount>=<n>):
         self.<field> = <field>
-        self.<field2> = <field2>
+        self.<amount> = <amount>
 
     def is_<quality>(self):
-        """Tell whether the <field2> is larger than <price>."""
-        return self.<field2> > <price>
+        """Tell whether the <amount> is larger than <price>."""
+        return self.<amount> > <price>
 
     def __repr__(self):
-        return f"<Item>({self.<field>}, {self.<field2>})"
+        return f"<Item>({self.<field>}, {self.<amount>})"
 
 
 <item> = <Item>("<thing>")
@@ -70,7 +70,7 @@ def save_<item_s>(path, <item_s>):
     with open(path, "w") as file:
         json.dump(<item_s>, file, indent=<n>)
 ''',
-    '''def <field>_of_<item>(<item>):
+    '''def <amount>_of_<item>(<item>):
     """Return the <field> of <a_item>[, or <n> if it has none|; never negative]."""
     <field> = <item>.get("<field>", <n>)
     if <field> < 0:
@@ -93,7 +93,7 @@ assert total_<field>([{"<field>": <n2>}, {"<field>": <n3>}]) == <n2+n3>
 }
 
 
-def <field>_of(name):
+def <amount>_of(name):
     """Look up the <field> of a thing in the <module>."""
     if name not in <item_s>:
         raise KeyError(f"no such <item>: {name}")
@@ -112,8 +112,8 @@ def test_<item>_has_<field>():
 
 def test_<quality>_<item>():
     <item> = <Item>("<name>", <n>)
-    <item>.<field2> = <price>
-    assert <item>.<field2> == <price>
+    <item>.<amount> = <price>
+    assert <item>.<amount> == <price>
     assert not <item>.is_<quality>()
 
 
@@ -151,9 +151,9 @@ for <item> in <quality>_<item_s>(<price>):
 def main():
     parser = argparse.ArgumentParser(description="Print the <item_s> of the <module>")
     parser.add_argument("--<field>", default="<colour>")
-    parser.add_argument("--<field2>", type=int, default=<price>)
+    parser.add_argument("--<amount>", type=int, default=<price>)
     arguments = parser.parse_args()
-    for i in range(arguments.<field2>):
+    for i in range(arguments.<amount>):
         print(i, arguments.<field>)
 
 
@@ -168,15 +168,15 @@ class <Item>:
     """[A|Each] <item> in the <module>."""
 
     <field>: str
-    <field2>: int = <price>
+    <amount>: int = <price>
     <quality>: bool = [True|False]
 
-    def with_<field2>(self, <field2>):
-        """Return the same <item> with another <field2>."""
-        return <Item>(self.<field>, <field2>, self.<quality>)
+    def with_<amount>(self, <amount>):
+        """Return the same <item> with another <amount>."""
+        return <Item>(self.<field>, <amount>, self.<quality>)
 
 
-first = <Item>("<name>").with_<field2>(<hundred>)
+first = <Item>("<name>").with_<amount>(<hundred>)
 ''',
     '''def is_<quality>(<item>):
     """Check the <field> of <a_item>."""
@@ -194,8 +194,8 @@ print([<item> for <item> in <item_s> if is_<quality>(<item>)])
     """Something went wrong in the <module>."""
 
 
-def check_<field>(<field>):
-    """Refuse <a_field> that is not between <n> and <hundred>."""
+def check_<amount>(<amount>):
+    """Refuse <a_amount> that is not between <n> and <hundred>."""
     if <field> < <n>:
         raise <Module>Error("<field> is too small")
     if <field> > <hundred>:
@@ -215,18 +215,18 @@ OTHER = (
 CREATE TABLE <item_s> (
     id INTEGER PRIMARY KEY,
     <field> TEXT NOT NULL,
-    <field2> INTEGER DEFAULT <n>
+    <amount> INTEGER DEFAULT <n>
 );
 
-INSERT INTO <item_s> (<field>, <field2>) VALUES ('<thing>', <price>);
-INSERT INTO <item_s> (<field>, <field2>) VALUES ('<animal>', <price2>);
+INSERT INTO <item_s> (<field>, <amount>) VALUES ('<thing>', <price>);
+INSERT INTO <item_s> (<field>, <amount>) VALUES ('<animal>', <price2>);
 
-SELECT <field>, <field2> FROM <item_s> WHERE <field2> > <n2> ORDER BY <field>;
+SELECT <field>, <amount> FROM <item_s> WHERE <amount> > <n2> ORDER BY <field>;
 """,
-    """SELECT <item2_s>.<field>, COUNT(*) AS <field2>
+    """SELECT <item2_s>.<field>, COUNT(*) AS <amount>
 FROM <item_s>
 JOIN <item2_s> ON <item2_s>.id = <item_s>.<item2>_id
-WHERE <item_s>.<field3> = '<colour>' AND <item_s>.year > <recent>
+WHERE <item_s>.<field2> = '<colour>' AND <item_s>.year > <recent>
 GROUP BY <item2_s>.<field>
 HAVING COUNT(*) > <n>
 LIMIT <price>;
@@ -250,18 +250,18 @@ name: <thing>
 version: <n>.<n2>.<n3>
 <item_s>:
   - <field>: <colour>
-    <field2>: <price>
+    <amount>: <price>
   - <field>: <colour2>
-    <field2>: <price2>
+    <amount>: <price2>
 limits:
-  <field2>: <hundred>
+  <amount>: <hundred>
   <item_s>: <grams>
 debug: [true|false]
 """,
     """{
   "<module>": {
     "<field>": "<town>",
-    "<field2>": <hundred>,
+    "<amount>": <hundred>,
     "<item_s>": ["<thing>", "<thing2>", "<thing3>"],
     "<quality>": [true|false]
   },
@@ -275,7 +275,7 @@ port = <hundred>
 
 # <item_s>
 max_<item_s> = <grams>
-<field2> = <price>
+<amount> = <price>
 <quality> = [yes|no]
 log = /var/log/<item_s>.log
 """,
@@ -285,7 +285,7 @@ A small tool that shows the <item_s> of the <module>, by <name> <surname>.
 
 ## Use
 
-    python <module>.py --<field> <colour> --<field2> <price>
+    python <module>.py --<field> <colour> --<amount> <price>
 
 It prints one line for each <quality> <item>. [Tests are in tests/.|See also <module2>.py.]
 

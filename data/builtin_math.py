@@ -98,12 +98,13 @@ def column_subtraction(draw: Draw) -> str:
     b, rest = draw.between(110, 499), draw.between(110, 499)
     a = b + rest
     lines = [f"Subtract {b} from {a}."]
-    borrow, rest_a, rest_b = 0, a, b
+    lent, rest_a, rest_b = 0, a, b
     for place in ("Ones", "Tens", "Hundreds"):
-        x, y = rest_a % 10, rest_b % 10 + borrow
-        borrow = int(x < y)
-        note = f"{x} is less than {y}, borrow 10: " if borrow else ""
-        lines.append(f"{place}: {note}{x + 10 * borrow} - {y} = {x + 10 * borrow - y}.")
+        x, y = rest_a % 10 - lent, rest_b % 10
+        notes = f"{x + 1} less the 1 lent, " * lent
+        lent = int(x < y)
+        notes += "borrow 10, " * lent
+        lines.append(f"{place}: {notes}{x + 10 * lent} - {y} = {x + 10 * lent - y}.")
         rest_a, rest_b = rest_a // 10, rest_b // 10
     return "\n".join([*lines, f"So {a} - {b} = {rest}."])
 
@@ -131,7 +132,7 @@ def division(draw: Draw) -> str:
     a, b = draw.between(20, 99), draw.between(3, 9)
     return draw.fill(
         "<Name> [shares|divides] <a> <fruit_s> among <b> <animal_s>. <b> x <q> = <m>, so each "
-        "<animal> gets <q> <fruit_s>, and <r> [are left|are left for <name>|remain].\n"
+        "<animal> gets <q> <fruit_s>. [Left over: <r>.|The rest is <r>.|The rest, <r>, is kept.]\n"
         "<a> : <b> = <q>, remainder <r>.",
         **{"a": a, "b": b, "q": a // b, "m": a // b * b, "r": a % b},
     )
@@ -160,12 +161,12 @@ def place_value(draw: Draw) -> str:
     number = draw.between(1111, 9999)
     digits = [int(digit) for digit in str(number)]
     names = ("thousands", "hundreds", "tens", "ones")
-    parts = [f"{digit} {name}" for digit, name in zip(digits, names, strict=True)]
+    parts = [f"{d} {name[:-1] if d == 1 else name}" for d, name in zip(digits, names, strict=True)]
     values = [digit * 10**power for digit, power in zip(digits, (3, 2, 1, 0), strict=True)]
     place = draw.between(0, 2)
     return (
         f"The number {number} has {', '.join(parts[:3])} and {parts[3]}.\n"
-        f"{' + '.join(map(str, values))} = {number}\n"
+        f"{values[0]}, {values[1]}, {values[2]} and {values[3]} together make {number}.\n"
         f"The {names[place]} digit is {digits[place]}; it stands for {values[place]}."
     )
 

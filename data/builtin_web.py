@@ -243,11 +243,10 @@ A thief who had taken <a_colour> <thing> from the <place> was caught on <day>. <
 tree|an open window]. <He> called the police and waited. It turned out that the thief was \
 <a_animal>. It had also taken <n> <fruit_s> and <a_thing2>. The owner was <mood>, and the <animal> \
 now lives in the zoo of <town2>.""",
-    """The <place> club of <town> met on <date> <month> at <hour> o'clock. Present: <name> (in the \
-chair), <name2>, <name3> and <name4>. <Name2> reported that the <thing> had been repaired for \
+    """The <place> club of <town> met on <date> <month> at <hour> o'clock. Present: <name> \
+(chair), <name2>, <name3> and <name4>. <Name2> reported that the <thing> had been repaired for \
 <price> pounds. <Name3> asked who would <chore>; <name4> offered to do it. It was agreed to buy \
-<number> <colour> <thing2_s>. [There was a long talk about the <weather> <season>.|Nobody wanted \
-to talk about money.] The next meeting is on <day>.""",
+<number> <colour> <thing2_s>. The next meeting is on <day>.""",
     """<Name> <surname> was born in <town> in <year>, the child of <a_job> and <a_job2>. As a \
 child <he> liked <subject> and <game>. At the age of <age> <he> saw <a_thing> made of <material> \
 and [could think of nothing else|decided to become <a_job3>|took it apart]. Later <he> moved to \

@@ -73,8 +73,8 @@ _WORDS = {
     "ordinal": "first second third fourth fifth sixth",
     "item": "item order user file word line record price score point message task event page "
     "player student city sensor row token",
-    "field": "name size count colour weight owner status title length height level group label "
-    "rank speed total",
+    "field": "name colour owner status title label grade country language",
+    "amount": "size count weight length height level rank speed depth width",
     "module": "shop garden library school station kitchen museum bakery harbour bank zoo theatre",
     "quality": "long short new valid heavy cheap empty public active ready",
 }

@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -53,6 +54,12 @@ class Run:
         arguments = (script, argv, str(log), fault, largest_file)
         self.process = CONTEXT.Process(target=_child, args=arguments)
         self.process.start()
+
+    def until_stopped(self) -> None:
+        """Wait for a fault that sends SIGSTOP."""
+        status = Path(f"/proc/{self.process.pid}/status")
+        while "T (stopped)" not in status.read_text():
+            time.sleep(0.01)
 
     def wait(self, timeout_s: float = 300) -> Outcome:
         self.process.join(timeout_s)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from tests.pipeline import ROOT, Fault, Outcome, numbers, run
+from tests.pipeline import ROOT, Fault, Outcome, Run, numbers, run
 from utils import checkpoint
 
 DOCUMENTS = {"web": 120, "code": 40, "math": 12}  # the smallest source repeats several times
@@ -201,6 +201,73 @@ def test_a_full_disk_loses_only_the_work_since_the_last_save(undisturbed, config
     outcome = pretrain(config, "--resume")
     assert outcome.code == 0, outcome.err
     assert same(tmp_path / "runs", undisturbed)
+
+
+@pytest.fixture
+def mirror(tmp_path):
+    (tmp_path / "mirror").mkdir()
+    return tmp_path / "mirror"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("train.loop.train_step", 18),
+        Fault("utils.mirror._copy_checkpoint", 3),  # while the third checkpoint is copied
+        Fault("utils.mirror.Mirror._copy_texts", 2),
+    ],
+    ids=["training", "copying", "metrics"],
+)
+def test_a_lost_disk_is_made_good_by_the_mirror(undisturbed, config, tmp_path, mirror, fault):
+    where = f"train.mirror_dir={mirror}"
+    killed = pretrain(config, where, fault=fault)
+    assert killed.code == -signal.SIGKILL, killed.err
+    shutil.rmtree(tmp_path / "runs")
+    shutil.rmtree(tmp_path / "cache")
+    assert pretrain(config, where).code == 2, "a fresh run would overwrite the mirrored one"
+    outcome = pretrain(config, where, "--resume")
+    assert outcome.code == 0, outcome.err
+    assert "from the mirror" in outcome.out
+    assert same(tmp_path / "runs", undisturbed)
+    mirrored, ours = (numbers(f / "pretrain/metrics.jsonl") for f in (mirror, tmp_path / "runs"))
+    assert mirrored == ours
+    assert (mirror / "pretrain/pretrain_final.pt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_kills_at_random_moments_of_the_copy(undisturbed, config, tmp_path, mirror, seed):
+    """Each run is killed, its disk lost, and restored from whatever the mirror got; twice."""
+    generator, where = random.Random(seed), f"train.mirror_dir={mirror}"
+    for _ in range(2):
+        function = generator.choice(["_copy", "_copy_checkpoint", "os.fsync", "os.replace"])
+        name = function if "." in function else f"utils.mirror.{function}"
+        fault = Fault(name, generator.randint(1, 20))
+        outcome = pretrain(config, where, "--resume", fault=fault)
+        print(f"seed {seed}: {fault.function} call {fault.call} -> exit {outcome.code}")
+        assert outcome.code in (0, -signal.SIGKILL), outcome.err
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+    outcome = pretrain(config, where, "--resume")
+    assert outcome.code == 0, outcome.err
+    assert same(tmp_path / "runs", undisturbed)
+
+
+def test_a_mirror_that_vanishes_stops_nothing(undisturbed, config, tmp_path, mirror):
+    """Its folder becomes a file while the run is stopped for a moment, after step 5 is mirrored."""
+    where, log = f"train.mirror_dir={mirror}", config.parent / "log"
+    fault = Fault("train.loop.train_step", 9, signal.SIGSTOP)
+    paused = Run("train_pretrain", ["--config", str(config), where], log, fault)
+    paused.until_stopped()
+    shutil.rmtree(mirror)
+    mirror.write_text("")
+    os.kill(paused.process.pid, signal.SIGCONT)
+    outcome = paused.wait()
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("warning: mirror") == 1
+    assert same(tmp_path / "runs", undisturbed)
+    missing = pretrain(config, where, "--resume")
+    assert missing.code == 2
+    assert "mount the drive" in missing.err
 
 
 def test_a_decay_branches_off_the_stable_phase(undisturbed, config, tmp_path):

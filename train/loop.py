@@ -51,6 +51,8 @@ class LoopConfig(Config):
     """Hours between checkpoints, whichever comes first."""
     keep_checkpoints: int = 2
     """The newest so many checkpoints are kept."""
+    mirror_dir: str | None = None
+    """A mounted folder (Google Drive, NFS) for verified copies, to which --resume looks as well."""
 
     def problems(self) -> Iterator[Problem]:
         for key in ("log_every", "eval_every", "save_every", "save_every_hours"):

@@ -24,12 +24,13 @@ from utils.config import CommandLine, Config, ConfigError, Problem, check_resume
 from utils.cost_tracker import CostTracker
 from utils.distributed import Distributed
 from utils.logging import MetricsLog, RunDirectory, get_logger, human_count, human_time
+from utils.mirror import Mirror
 
 # A resumed run may differ in these: they change speed, place or bookkeeping, not what is learned.
 RESUME_MAY_CHANGE = (
     "train.micro_batch", "train.log_every", "train.eval_every", "train.save_every",
-    "train.save_every_hours", "train.keep_checkpoints", "runtime", "cost", "runs_dir",
-    "data.cache_dir",
+    "train.save_every_hours", "train.keep_checkpoints", "train.mirror_dir", "runtime", "cost",
+    "runs_dir", "data.cache_dir",
 )  # fmt: skip
 # A run branched off another's checkpoint may also change where it goes from there.
 BRANCH_MAY_CHANGE = (*RESUME_MAY_CHANGE, "name", "schedule", "optim", "train.steps", "train.tokens")
@@ -234,15 +235,17 @@ def open_run(
             fit, or the config has changed in a way that a resumed run may not.
     """
     run = RunDirectory(config.runs_dir, config.name)
-    checkpointer = Checkpointer(run.checkpoints, config.train.keep_checkpoints)
+    mirror = _open_mirror(config.train.mirror_dir, run, args.resume)
+    checkpointer = Checkpointer(run.checkpoints, config.train.keep_checkpoints, mirror)
     values, state = plain(config), None
-    found = checkpointer.latest() if args.resume else None
+    found = _newest_checkpoint(checkpointer, dist) if args.resume else None
     if found is not None:
         path, state = found
         _check_state(state, stage, values, RESUME_MAY_CHANGE, path)
         get_logger().info(f"resuming from {path}, step {state['step']:,}")
     elif args.resume:
-        get_logger().info(f"--resume: no checkpoint in {run.checkpoints} yet")
+        places = " and ".join(str(m.path) for m in (run, mirror) if m)
+        get_logger().info(f"--resume: no checkpoint in {places} yet")
     if state is None and args.resume_from:
         state = checkpoint.load(args.resume_from)
         _check_state(state, stage, values, BRANCH_MAY_CHANGE, args.resume_from)
@@ -256,6 +259,35 @@ def open_run(
         run.prepare(args.resume, values)
     dist.barrier()
     return run, checkpointer, state
+
+
+def _open_mirror(folder: str | None, run: RunDirectory, resume: bool) -> Mirror | None:
+    if folder is None:
+        return None
+    mirror = Mirror(run.path, folder)
+    if not Path(folder).is_dir():
+        raise ConfigError(
+            f"train.mirror_dir ({folder}) is no folder: mount the drive, make the folder, or set "
+            "the key to null"
+        )
+    if not resume and mirror.holds_a_run():
+        raise ConfigError(
+            f"{mirror.path} already mirrors a run: continue it with --resume, choose another name, "
+            "or delete the folder"
+        )
+    return mirror
+
+
+def _newest_checkpoint(checkpointer: Checkpointer, dist: Distributed) -> tuple[Path, dict] | None:
+    """The newest valid checkpoint of the run's folder or of its mirror, brought back from there."""
+    found, restored = checkpointer.latest(), False
+    if checkpointer.mirror is None:
+        return found
+    dist.barrier()  # all have looked before the first process writes there
+    if dist.is_main:
+        restored = checkpointer.mirror.restore(newer_than=found[0].name if found else "")
+    total = dist.all_reduce_sum(torch.tensor(float(restored), device=dist.device))
+    return checkpointer.latest() if total.item() else found
 
 
 def _check_state(
@@ -340,4 +372,6 @@ def finish(
             overrides = "".join(f" {o}" for o in args.overrides)
             say(f"stopped at step {training.step:,}; everything is saved. To go on:")
             say(f"  python {Path(sys.argv[0]).name} --config {args.config}{overrides} --resume")
+        if checkpointer.mirror:
+            checkpointer.mirror.close()
     dist.close()

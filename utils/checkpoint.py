@@ -14,12 +14,15 @@ import os
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
 from utils.config import ConfigError
 from utils.logging import get_logger
+
+if TYPE_CHECKING:
+    from utils.mirror import Mirror
 
 FORMAT_VERSION = 1
 _PLAIN = (type(None), bool, int, float, str, bytes)
@@ -37,13 +40,15 @@ def save(path: str | Path, payload: dict[str, Any]) -> None:
 def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
     """Read a checkpoint after comparing its sha256; a missing one is only warned of."""
     path = Path(path)
-    sidecar = _sidecar(path)
+    digest_file = sidecar(path)
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        verified = sidecar.exists()
-        if verified and sidecar.read_text().split()[:1] != [digest]:
-            raise CheckpointError(f"{path}: damaged, its sha256 is not the one in {sidecar.name}")
+        verified = digest_file.exists()
+        if verified and digest_file.read_text().split()[:1] != [digest]:
+            raise CheckpointError(
+                f"{path}: damaged, its sha256 is not the one in {digest_file.name}"
+            )
         payload = torch.load(path, map_location, weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
@@ -57,7 +62,7 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
         rule = f"this code reads version {FORMAT_VERSION}; use the code that wrote the file"
         raise CheckpointError(f"{path}: format version {version}, but {rule}")
     if not verified:
-        get_logger().warning(f"{path}: not verified, {sidecar.name} is missing")
+        get_logger().warning(f"{path}: not verified, {digest_file.name} is missing")
     return payload
 
 
@@ -142,9 +147,9 @@ def _write(path: Path, payload: dict[str, Any]) -> None:
         with temporary_sidecar.open("wb") as file:
             file.write(f"{hashing.sha256.hexdigest()}  {path.name}\n".encode())
             _flush(file)
-        _sidecar(path).unlink(missing_ok=True)
+        sidecar(path).unlink(missing_ok=True)
         temporary.replace(path)
-        temporary_sidecar.replace(_sidecar(path))
+        temporary_sidecar.replace(sidecar(path))
         _fsync_directory(path.parent)
     except OSError as error:
         raise CheckpointError(f"{path}: not saved: {error.strerror or error}") from error
@@ -167,18 +172,28 @@ def _fsync_directory(directory: Path) -> None:
     os.close(descriptor)
 
 
-def _sidecar(path: Path) -> Path:
+def sidecar(path: Path) -> Path:
+    """The file that holds the sha256 of the one at `path`."""
     return path.with_name(f"{path.name}.sha256")
 
 
 class Checkpointer:
-    """A run's `step_*.pt` files: written by a thread, rotated, and found again after a crash."""
+    """A run's `step_*.pt` files: written by a thread, rotated, and found again after a crash.
 
-    def __init__(self, directory: str | Path, keep_last: int) -> None:
+    Args:
+        directory: where they are.
+        keep_last: how many of them rotation keeps.
+        mirror: told of each one that is written.
+    """
+
+    def __init__(
+        self, directory: str | Path, keep_last: int, mirror: "Mirror | None" = None
+    ) -> None:
         if keep_last < 1:
             raise ValueError(f"keep_last ({keep_last}) must be at least 1")
         self.directory = Path(directory)
         self.keep_last = keep_last
+        self.mirror = mirror
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._failures: list[str] = []
@@ -227,6 +242,8 @@ class Checkpointer:
         try:
             _write(self.directory / f"step_{step:08d}.pt", payload)
             self._rotate(step)
+            if self.mirror:
+                self.mirror.update()
         except Exception as error:  # whatever it is, training goes on
             self._failures.append(str(error))
 
@@ -240,4 +257,4 @@ class Checkpointer:
         keep = sorted(step for step in files if step <= saved)[-self.keep_last :]
         for step in files.keys() - set(keep):
             files[step].unlink()
-            _sidecar(files[step]).unlink(missing_ok=True)
+            sidecar(files[step]).unlink(missing_ok=True)

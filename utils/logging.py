@@ -172,6 +172,8 @@ def human_bytes(number: float) -> str:
 _CONSOLE = (
     ("train/loss", lambda x: f"loss {x:.3f}"),
     ("val/loss", lambda x: f"val {x:.3f}"),
+    ("pref/reward_accuracy", lambda x: f"accuracy {x:.1%}"),
+    ("pref/val_reward_accuracy", lambda x: f"accuracy {x:.1%}"),
     ("sft/base_exact_match", lambda x: f"base exact {x:.1%}"),
     ("sft/exact_match", lambda x: f"exact {x:.1%}"),
     ("sft/stopped_frac", lambda x: f"stopped {x:.1%}"),

@@ -1,0 +1,273 @@
+"""Runs untrusted Python: what a language model wrote is run here, or not at all.
+
+The kernel enforces everything; nothing depends on what the program does or leaves undone.
+
+    file system   its own, read-only: the interpreter, its library and shared libraries, nothing
+                  else; no /proc, no /dev, no place to write, no file of the caller, no environment
+    user          root's runs belong to `nobody`; others' to the caller in a user namespace of his.
+                  Every capability is dropped for good (no_new_privs), and with it the power of root
+                  to pass limits
+    processes     one, without threads: fork, clone and exec are refused (seccomp), so a limit on
+                  the process is a limit on the run. It has a PID namespace of its own: it sees no
+                  other process and can signal none. It dies with the caller
+    network       a namespace without devices; and no sockets (seccomp)
+    IPC           a namespace of its own; and no shared memory, queues, semaphores (seccomp)
+    system calls  refused besides: mounts, namespaces, ptrace, keys, bpf, perf, userfaultfd, modules,
+                  io_uring and everything newer than Linux 5.1 (the list is in sandbox_inside.py)
+    memory        address space, which with one process is all it can have
+    CPU           seconds, after which the kernel kills it
+    wall time     seconds, after which the caller kills it
+    files         16 open at most; none can be written or made
+    output        what may be written to stdout, and to stderr; more ends the run
+
+Namespaces and the file system are made by bubblewrap where it is installed, else by util-linux'
+`unshare`; the rest the process does to itself before it runs the program. `unavailable` tries an
+installed tool with a program that attempts what must fail. Where none passes (in most containers
+without privileges, outside Linux) no program is run.
+
+Left out: other languages, packages besides the standard library, a share of the CPU (cgroups), and
+protection against a hole in the kernel itself: for that one takes a virtual machine. The verdict on
+a program with tests is formed in the process that runs it, so a program written to search the
+interpreter's frames could forge it. Comparing its output outside (`stdin`, `Result.stdout`) does not
+trust it with anything.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import secrets
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from train import sandbox_inside
+
+CHUNK_BYTES = 1 << 16
+INSIDE = Path(sandbox_inside.__file__).read_text()
+TOOL_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+INSTALL_HINT = "install bubblewrap (`apt-get install bubblewrap`)"
+
+PROBE = """
+import os, socket
+
+def refused(attempt):
+    try:
+        attempt()
+    except OSError:
+        return True
+
+assert refused(os.fork), "it can make processes"
+assert refused(socket.socket), "it has a network"
+assert refused(lambda: open("/etc/hostname")), "it sees files outside"
+assert refused(lambda: open("/file", "w")), "it can write files"
+assert os.getpid() < 10, "it sees other processes"
+"""
+
+# Arguments: an empty directory, the directories to show, "--", the command.
+UNSHARE_SETUP = """
+set -e
+root=$1
+shift
+mount -t tmpfs -o mode=755,size=1m,nosuid,nodev none "$root"
+while [ "$1" != -- ]; do
+    mkdir -p "$root$1"
+    mount --rbind "$1" "$root$1"
+    mount -o remount,bind,ro,nosuid,nodev "$root$1"
+    shift
+done
+shift
+mount -o remount,ro,nosuid,nodev "$root"
+exec chroot "$root" "$@"
+"""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a run may use."""
+
+    wall_s: float = 5.0
+    cpu_s: int = 3
+    memory_mib: int = 512
+    output_kib: int = 64
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a run.
+
+    Attributes:
+        finished: program and tests came to their ends; false also after `exit()`.
+        exit_code: as a shell has it, 128 + n for signal n; -9 if it was stopped.
+        stopped: the limit that the caller stopped it for, '' if it ended by itself.
+    """
+
+    finished: bool
+    exit_code: int
+    stdout: str
+    stderr: str
+    stopped: str
+
+
+def unavailable() -> str | None:
+    """Why no program can be run here; None if it can."""
+    return _tool()[1]
+
+
+def run(program: str, tests: str = "", stdin: str = "", limits: Limits | None = None) -> Result:
+    """Run a program, then tests in its namespace; whatever it does, a `Result` comes back.
+
+    Raises:
+        RuntimeError: the sandbox is unavailable.
+    """
+    command, reason = _tool()
+    if command is None:
+        raise RuntimeError(f"the sandbox is unavailable: {reason}")
+    return _run(command, program, tests, stdin, limits or Limits())
+
+
+# ---------------------------------------------------------------------------------------------
+# The tools that make namespaces and a file system
+
+Command = Callable[[Path, list[str]], list[str]]  # (an empty directory, command) -> command
+
+
+@functools.cache
+def _tool() -> tuple[Command | None, str | None]:
+    """A tool that holds what it must; or none, and why."""
+    machine = platform.machine()
+    if sys.platform != "linux" or machine not in sandbox_inside.MACHINES:
+        known = ", ".join(sandbox_inside.MACHINES)
+        return None, f"it needs Linux on {known}, and this is {sys.platform} on {machine}"
+    reasons = []
+    for name, command in {"bwrap": _bubblewrap, "unshare": _unshare}.items():
+        if shutil.which(name, path=TOOL_PATH) is None:
+            reasons.append(f"{name} is not installed")
+            continue
+        result = _run(command, PROBE, "", "", Limits(wall_s=20.0))
+        if result.finished:
+            return command, None
+        said = result.stderr.strip().splitlines() or [result.stopped or "no message"]
+        reasons.append(f"{name} fails here: {said[-1]}")
+    return None, "; ".join(reasons) + f". On a machine that allows namespaces {INSTALL_HINT}"
+
+
+def _bubblewrap(root: Path, command: list[str]) -> list[str]:
+    own_user = [] if os.getuid() == 0 else ["--unshare-user"]
+    namespaces = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", *own_user]
+    shown = [word for path in _shown() for word in ("--ro-bind", path, path)]
+    options = ["--die-with-parent", "--remount-ro", "/", "--chdir", "/", "--"]
+    return ["bwrap", *namespaces, *shown, *options, *command]
+
+
+def _unshare(root: Path, command: list[str]) -> list[str]:
+    own_user = [] if os.getuid() == 0 else ["--user", "--map-root-user"]
+    namespaces = ["--mount", "--pid", "--net", "--ipc", "--uts", *own_user]
+    with_caller = ["setpriv", "--pdeathsig", "KILL"]
+    with_tool = ["unshare", *namespaces, "--fork", "--kill-child"]
+    setup = ["sh", "-c", UNSHARE_SETUP, "sh", str(root), *_shown(), "--"]
+    return [*with_caller, *with_tool, *setup, *command]
+
+
+def _shown() -> list[str]:
+    """The directories that the interpreter needs."""
+    base = Path(sys.base_prefix).resolve()
+    needed = [base / "bin", base / "lib", "/lib", "/lib64", "/usr/lib", "/usr/lib64"]
+    return [str(path) for path in dict.fromkeys(map(Path, needed)) if path.is_dir()]
+
+
+# ---------------------------------------------------------------------------------------------
+# One run
+
+
+def _run(command: Command, program: str, tests: str, stdin: str, limits: Limits) -> Result:
+    token = secrets.token_hex(16)
+    job = {
+        "program": program,
+        "tests": tests,
+        "token": token,
+        "drop_user": os.getuid() == 0,
+        "memory_bytes": limits.memory_mib << 20,
+        "cpu_s": limits.cpu_s,
+    }
+    text = json.dumps(job).encode()
+    python = [str(Path(sys.executable).resolve()), "-I", "-S", "-B", "-c", INSIDE, str(len(text))]
+    with tempfile.TemporaryDirectory() as root:
+        process = subprocess.Popen(
+            command(Path(root), python),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={"PATH": TOOL_PATH},
+            cwd="/",
+            start_new_session=True,
+        )
+        with process:
+            try:
+                sent = text + stdin.encode(errors="replace")
+                stopped, *output = _exchange(process, sent, limits)
+            finally:
+                _kill(process)
+    stdout, stderr = (part.decode(errors="replace") for part in output)
+    finished = not stopped and process.returncode == 0 and stdout.endswith(token)
+    return Result(finished, process.returncode, stdout.removesuffix(token), stderr, stopped)
+
+
+def _exchange(process: subprocess.Popen, sent: bytes, limits: Limits) -> tuple[str, bytes, bytes]:
+    """Feed stdin and collect stdout and stderr until the end or a limit, which is named."""
+    deadline = time.monotonic() + limits.wall_s
+    most = limits.output_kib << 10
+    collected = {process.stdout: bytearray(), process.stderr: bytearray()}
+    with selectors.DefaultSelector() as ready:
+        for stream in collected:
+            ready.register(stream, selectors.EVENT_READ)
+        os.set_blocking(process.stdin.fileno(), False)
+        ready.register(process.stdin, selectors.EVENT_WRITE)
+        stopped = ""
+        while not stopped and len(ready.get_map()) > 0:
+            for key, _ in ready.select(max(0.0, deadline - time.monotonic())):
+                if key.fileobj is process.stdin:
+                    sent = _feed(process, sent, ready)
+                elif chunk := os.read(key.fd, CHUNK_BYTES):
+                    collected[key.fileobj] += chunk
+                else:
+                    ready.unregister(key.fileobj)
+            if max(map(len, collected.values())) > most:
+                stopped = "output"
+            elif time.monotonic() >= deadline:
+                stopped = "wall time"
+    if not stopped:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            stopped = "wall time"
+    return stopped, *(bytes(part[:most]) for part in collected.values())
+
+
+def _feed(process: subprocess.Popen, sent: bytes, ready: selectors.BaseSelector) -> bytes:
+    """Write what the pipe takes of `sent`; returns the rest, the pipe closed if there is none."""
+    try:
+        sent = sent[os.write(process.stdin.fileno(), sent[:CHUNK_BYTES]) :]
+    except BrokenPipeError:
+        sent = b""
+    if not sent:
+        ready.unregister(process.stdin)
+        process.stdin.close()
+    return sent
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """Kill the tool and all that it started: the program cannot leave its process group, and in a
+    PID namespace nothing outlives the first process."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
