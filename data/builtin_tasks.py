@@ -15,10 +15,12 @@ cannot check.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from data.builtin_math import split_of, sum_pair
 from data.builtin_words import Draw
 
+T = TypeVar("T", bound=Sequence)
 Message = dict[str, str]
 
 N_EXAMPLES = {"train": 40_000, "heldout": 500}  # an epoch; any index >= 0 exists
@@ -67,11 +69,15 @@ def _subtract(draw: Draw, split: str) -> Task:
     return Task("subtract", f"What is {a + b} - {b}?", str(a))
 
 
+def _operands(kind: str, split: str, make: Callable[[], T]) -> T:
+    """The first operands that `make` gives and that belong to the split."""
+    while split_of(kind, *(operands := make())) != split:
+        pass
+    return operands
+
+
 def _letters(draw: Draw, split: str, low: int, high: int) -> list[str]:
-    while True:
-        letters = draw.sample(LETTERS, draw.between(low, high))
-        if split_of("letters", *letters) == split:
-            return letters
+    return _operands("letters", split, lambda: draw.sample(LETTERS, draw.between(low, high)))
 
 
 def _reverse(draw: Draw, split: str) -> Task:
@@ -90,39 +96,31 @@ def _last(draw: Draw, split: str) -> Task:
 
 
 def _repeat(draw: Draw, split: str) -> Task:
-    while True:
-        letter, times = draw.pick(LETTERS), draw.between(2, 6)
-        if split_of("repeat", letter, times) == split:
-            return Task("repeat", f"Say {letter} {times} times.", " ".join(letter * times))
+    letter, times = _operands("repeat", split, lambda: (draw.pick(LETTERS), draw.between(2, 6)))
+    return Task("repeat", f"Say {letter} {times} times.", " ".join(letter * times))
 
 
 def _count(draw: Draw, split: str) -> Task:
-    while True:
-        letter, times = draw.pick(LETTERS), draw.between(2, 6)
-        if split_of("count", letter, times) == split:
-            return Task("count", f"How many letters: {' '.join(letter * times)}?", str(times))
+    letter, times = _operands("count", split, lambda: (draw.pick(LETTERS), draw.between(2, 6)))
+    return Task("count", f"How many letters: {' '.join(letter * times)}?", str(times))
 
 
 def _brackets(draw: Draw, split: str) -> Task:
-    while True:
-        number = draw.between(10, 99)
-        if split_of("brackets", number) == split:
-            return Task("brackets", f"Write {number} in brackets.", f"[{number}]")
+    (number,) = _operands("brackets", split, lambda: (draw.between(10, 99),))
+    return Task("brackets", f"Write {number} in brackets.", f"[{number}]")
 
 
 def _larger(draw: Draw, split: str) -> Task:
-    while True:
-        a, b = draw.sample(range(1, 100), 2)
-        if split_of("larger", min(a, b), max(a, b)) == split:
-            question = f"Is {a} larger than {b}? Answer yes or no."
-            return Task("larger", question, "yes" if a > b else "no")
+    pair = _operands("larger", split, lambda: sorted(draw.sample(range(1, 100), 2)))
+    a, b = draw.sample(pair, 2)  # in either order: both questions belong to one split
+    return Task("larger", f"Is {a} larger than {b}? Answer yes or no.", "yes" if a > b else "no")
 
 
 def _talk(draw: Draw, split: str) -> Task:
-    while True:
-        question, answer = draw.fill("\n".join(draw.pick(SMALL_TALK))).split("\n")
-        if split_of("talk", question) == split:
-            return Task("talk", question, answer)
+    question, answer = _operands(
+        "talk", split, lambda: draw.fill("\n".join(draw.pick(SMALL_TALK))).split("\n")
+    )
+    return Task("talk", question, answer)
 
 
 _MAKERS: dict[str, tuple[float, Callable[[Draw, str], Task]]] = {

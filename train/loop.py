@@ -7,9 +7,9 @@ what it measures, in `evaluate(step)`. The loop knows none of them.
 
 - The loss is a sum. Weights (tokens, pairs, ...) are added over micro-batches and ranks first, and
   the division happens once: one micro-batch of 8 rows and four of 2 give the same gradient.
-- Nothing in a step waits for the GPU. A step whose loss or gradient is not finite is skipped on
-  the device (fused AdamW takes the verdict as a tensor) and counted; the host reads it when it
-  logs.
+- Nothing in a step waits for the GPU. A step whose loss or gradient is not finite, or a spike
+  (`train.stability`), is skipped on the device (fused AdamW takes the verdict as a tensor) and
+  counted; the host reads it when it logs.
 - The checkpoint is the state of a step boundary. On SIGTERM or Ctrl-C the accumulation in progress
   is abandoned and the last boundary saved, so a resumed run repeats what was abandoned.
 """
@@ -19,19 +19,17 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 
 from data.packing import Batch
 from models.transformer import Transformer
-from optim.scheduler import Schedule
-from utils.checkpoint import FORMAT_VERSION, Checkpointer
+from train.stability import StabilityConfig, roll_back
+from train.state import Training
+from utils.checkpoint import Checkpointer
 from utils.config import Config, ConfigError, Problem
-from utils.cost_tracker import CostTracker
 from utils.distributed import Distributed
 from utils.logging import MetricsLog, console_line, get_logger
-from utils.seed import rng_state, set_rng_state
 
 LossFn = Callable[[Transformer, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -53,6 +51,9 @@ class LoopConfig(Config):
     """The newest so many checkpoints are kept."""
     mirror_dir: str | None = None
     """A mounted folder (Google Drive, NFS) for verified copies, to which --resume looks as well."""
+    wandb_project: str | None = None
+    """Send the metrics to this Weights & Biases project too; WANDB_MODE=offline keeps them here."""
+    stability: StabilityConfig = StabilityConfig()
 
     def problems(self) -> Iterator[Problem]:
         for key in ("log_every", "eval_every", "save_every", "save_every_hours"):
@@ -64,85 +65,6 @@ class LoopConfig(Config):
                 ("keep_checkpoints",),
                 f"keep_checkpoints ({self.keep_checkpoints}) must be 1 or more",
             )
-
-
-@dataclass
-class Averages:
-    """Sums since the last log line, on the device; part of the state, so that no line changes."""
-
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def add(self, values: dict[str, torch.Tensor]) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().double()
-
-    def take(self) -> dict[str, float]:
-        """Everything as floats, with one host sync; starts anew."""
-        values = torch.stack(list(self.sums.values())).tolist() if self.sums else []
-        result = dict(zip(self.sums, values, strict=True))
-        self.sums = {}
-        return result
-
-
-@dataclass
-class Training:
-    """A run's whole state: what a checkpoint holds and a resumed run starts from.
-
-    `identity` is what a checkpoint says of itself: stage, model_config, tokenizer, chat_template,
-    config.
-    """
-
-    model: Transformer
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
-    loader: Iterator[list[Batch]]
-    cost: CostTracker
-    identity: dict
-    step: int = 0
-    tokens: int = 0
-    skipped_steps: int = 0
-    evaluated_at: int = -1
-    averages: Averages = field(default_factory=Averages)
-    boundary: dict | None = None  # loader and generators before a step that is not finished
-
-    def weights(self) -> dict:
-        """The self-contained checkpoint that the next stage and inference need."""
-        return {
-            "format_version": FORMAT_VERSION,
-            **self.identity,
-            "step": self.step,
-            "tokens": self.tokens,
-            "model": self.model.state_dict(),
-        }
-
-    def state_dict(self) -> dict:
-        """`weights()` and everything needed to go on training."""
-        boundary = self.boundary or self.position()
-        return self.weights() | {
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            **boundary,
-            "cost": self.cost.state_dict(),
-            "metrics_window": dict(self.averages.sums),
-            "evaluated_at": self.evaluated_at,
-            "skipped_steps": self.skipped_steps,
-        }
-
-    def position(self) -> dict:
-        """Where the data and the random generators are."""
-        return {"loader": self.loader.state_dict(), "rng": rng_state()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.loader.load_state_dict(state["loader"])
-        self.cost.load_state_dict(state["cost"])
-        device = next(self.model.parameters()).device
-        self.averages = Averages({k: v.to(device) for k, v in state["metrics_window"].items()})
-        self.step, self.tokens = state["step"], state["tokens"]
-        self.evaluated_at, self.skipped_steps = state["evaluated_at"], state["skipped_steps"]
-        set_rng_state(state["rng"])
 
 
 class StopRequest:
@@ -174,14 +96,16 @@ def fit(
     dist: Distributed,
     evaluate: Callable[[], dict[str, float]],
 ) -> bool:
-    """Train to the schedule's last step.
+    """Train to the schedule's last step; closes `metrics`.
 
     Returns:
         True at the end of training; False when a signal asked to stop, the state saved.
 
     Raises:
-        ConfigError: out of GPU memory, or the last checkpoint could not be written.
+        ConfigError: out of GPU memory, the last checkpoint could not be written, or too many steps
+            were skipped in a row.
     """
+    training.stability.config = config.stability
     stop = StopRequest()
     saver = _Saver(training, config, checkpointer, dist)
     try:
@@ -195,10 +119,14 @@ def fit(
             if stopping:
                 break
             _step_and_log(training, loss_fn, config, metrics, dist, stop)
+            if training.stability.rollback_due:
+                roll_back(training, checkpointer, metrics, dist)
+                saver.save(again=True)  # so that a resumed run does not meet the bad data again
             _warn_of_failures(checkpointer)
         saver.finish()
     finally:
         stop.restore()
+        metrics.close()
     return last and training.evaluated_at == training.step
 
 
@@ -225,8 +153,8 @@ class _Saver:
         by_time = hours is not None and time.monotonic() - self.saved_time > hours * 3600
         return by_step or _any(by_time, self.dist)
 
-    def save(self) -> None:
-        if self.saved_at == self.training.step:
+    def save(self, again: bool = False) -> None:
+        if self.saved_at == self.training.step and not again:
             return
         if self.dist.is_main:
             with self.training.cost.paused():
@@ -273,12 +201,12 @@ def train_step(
     reduced = dist.all_reduce_sum(torch.stack([*sums.values()]))
     sums = dict(zip(sums, reduced.unbind(), strict=True))
     dist.all_reduce_gradients(training.model.parameters())
-    finite, norm = _update(training, sums["loss"], clip_norm)
+    good, norm = _update(training, sums["loss"] / weight, clip_norm)
 
-    kept = finite.double()
-    averages = {name: torch.where(finite, value.double(), 0.0) for name, value in sums.items()}
+    kept = good.double()
+    averages = {name: torch.where(good, value.double(), 0.0) for name, value in sums.items()}
     averages["weight"] = weight * kept
-    averages["grad_norm"] = torch.where(finite, norm, 0.0)
+    averages["grad_norm"] = torch.where(good, norm, 0.0)
     averages["steps"], averages["skipped"] = kept, 1 - kept
     training.averages.add(averages)
     _count(training, batches, dist)
@@ -288,7 +216,7 @@ def train_step(
 def _update(
     training: Training, loss: torch.Tensor, clip_norm: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clip and step, or skip if anything is not finite; returns (finite, gradient norm) tensors.
+    """Clip and step, or skip a bad step; returns (whether it was good, gradient norm) tensors.
 
     Fused AdamW divides the gradients by `grad_scale` and leaves everything untouched, its step
     count included, where `found_inf` is 1: the interface that torch's GradScaler uses.
@@ -296,13 +224,14 @@ def _update(
     optimizer = training.optimizer
     gradients = [p.grad for p in training.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    finite = torch.isfinite(norm) & torch.isfinite(loss)
+    good = training.stability.accept(loss, norm)
     scale = (norm / clip_norm).clamp(min=1.0) if clip_norm > 0 else torch.ones_like(norm)
-    optimizer.grad_scale, optimizer.found_inf = scale, (~finite).float()
+    optimizer.grad_scale, optimizer.found_inf = scale, (~good).float()
     training.schedule.apply(optimizer, training.step)
+    training.stability.cut_rate(optimizer, training.step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return finite, norm
+    return good, norm
 
 
 def _count(training: Training, batches: list[Batch], dist: Distributed) -> None:
@@ -341,9 +270,6 @@ def _log(training: Training, metrics: MetricsLog) -> None:
     taken = training.averages.take()
     steps, weight = max(taken.pop("steps"), 1.0), max(taken.pop("weight"), 1.0)
     norm, skipped = taken.pop("grad_norm") / steps, int(taken.pop("skipped"))
-    training.skipped_steps += skipped
-    if skipped:
-        get_logger().warning(f"{skipped} step(s) skipped: loss or gradient was not finite")
     means = {
         name if "/" in name else f"train/{name}": value / weight for name, value in taken.items()
     }
@@ -351,7 +277,7 @@ def _log(training: Training, metrics: MetricsLog) -> None:
         **means,
         "train/grad_norm": norm,
         "train/lr": training.optimizer.param_groups[0]["lr"],
-        "stability/skipped_steps": training.skipped_steps,
+        **training.stability.review(training.step, skipped),
         "train/tokens": training.tokens,
         **training.cost.metrics(),
         **_memory(),

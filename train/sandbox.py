@@ -12,8 +12,9 @@ The kernel enforces everything; nothing depends on what the program does or leav
                   other process and can signal none. It dies with the caller
     network       a namespace without devices; and no sockets (seccomp)
     IPC           a namespace of its own; and no shared memory, queues, semaphores (seccomp)
-    system calls  refused besides: mounts, namespaces, ptrace, keys, bpf, perf, userfaultfd, modules,
-                  io_uring and everything newer than Linux 5.1 (the list is in sandbox_inside.py)
+    system calls  refused besides: mounts, namespaces, ptrace, keys, bpf, perf, userfaultfd, kernel
+                  modules, all that came with Linux 5.1 and later (io_uring, pidfd, landlock ...);
+                  the list is in sandbox_inside.py
     memory        address space, which with one process is all it can have
     CPU           seconds, after which the kernel kills it
     wall time     seconds, after which the caller kills it
@@ -26,10 +27,10 @@ installed tool with a program that attempts what must fail. Where none passes (i
 without privileges, outside Linux) no program is run.
 
 Left out: other languages, packages besides the standard library, a share of the CPU (cgroups), and
-protection against a hole in the kernel itself: for that one takes a virtual machine. The verdict on
-a program with tests is formed in the process that runs it, so a program written to search the
-interpreter's frames could forge it. Comparing its output outside (`stdin`, `Result.stdout`) does not
-trust it with anything.
+protection against a hole in the kernel itself: for that one takes a virtual machine. The verdict
+on a program with tests is formed in the process that runs it, so one that searches the frames of
+the interpreter could forge it. Comparing what it prints outside (`stdin`, `Result.stdout`) trusts
+it with nothing.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ TOOL_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 INSTALL_HINT = "install bubblewrap (`apt-get install bubblewrap`)"
 
 PROBE = """
-import os, socket
+import os
 
 def refused(attempt):
     try:
@@ -66,11 +67,12 @@ def refused(attempt):
     except OSError:
         return True
 
-assert refused(os.fork), "it can make processes"
-assert refused(socket.socket), "it has a network"
-assert refused(lambda: open("/etc/hostname")), "it sees files outside"
+assert refused(lambda: os.listdir("/etc")), "it sees files outside"
 assert refused(lambda: open("/file", "w")), "it can write files"
-assert os.getpid() < 10, "it sees other processes"
+assert refused(os.fork), "it can make processes"
+assert os.getpid() < 10, "it is among other processes"
+import socket
+assert refused(socket.socket), "it has a network"
 """
 
 # Arguments: an empty directory, the directories to show, "--", the command.
@@ -86,7 +88,7 @@ while [ "$1" != -- ]; do
     shift
 done
 shift
-mount -o remount,ro,nosuid,nodev "$root"
+mount -o remount,bind,ro,nosuid,nodev "$root"
 exec chroot "$root" "$@"
 """
 
@@ -107,7 +109,7 @@ class Result:
 
     Attributes:
         finished: program and tests came to their ends; false also after `exit()`.
-        exit_code: as a shell has it, 128 + n for signal n; -9 if it was stopped.
+        exit_code: 0 also after `exit()`; another number after an error or a signal.
         stopped: the limit that the caller stopped it for, '' if it ended by itself.
     """
 
@@ -135,46 +137,54 @@ def run(program: str, tests: str = "", stdin: str = "", limits: Limits | None = 
     return _run(command, program, tests, stdin, limits or Limits())
 
 
+def start(
+    program: str, packages: list[str], limits: Limits, root: Path
+) -> subprocess.Popen:
+    """Start a trusted program that handles untrusted text and lives on: talk to it by its pipes.
+
+    Everything holds as for `run` but wall time and output, which are the caller's to watch; at the
+    end he calls `kill`. What one text does to the process the next ones may feel.
+
+    Args:
+        packages: directories that it may read, besides the standard library.
+        root: an empty directory, to stay as long as the process lives.
+
+    Raises:
+        RuntimeError: the sandbox is unavailable.
+    """
+    command, reason = _tool()
+    if command is None:
+        raise RuntimeError(f"the sandbox is unavailable: {reason}")
+    job = _job(program, "", "", limits)
+    process = _start(command, root, len(job), packages, subprocess.DEVNULL)
+    process.stdin.write(job)
+    process.stdin.flush()
+    return process
+
+
 # ---------------------------------------------------------------------------------------------
 # The tools that make namespaces and a file system
 
-Command = Callable[[Path, list[str]], list[str]]  # (an empty directory, command) -> command
+# (an empty directory, the directories to show, command) -> command
+Command = Callable[[Path, list[str], list[str]], list[str]]
 
 
-@functools.cache
-def _tool() -> tuple[Command | None, str | None]:
-    """A tool that holds what it must; or none, and why."""
-    machine = platform.machine()
-    if sys.platform != "linux" or machine not in sandbox_inside.MACHINES:
-        known = ", ".join(sandbox_inside.MACHINES)
-        return None, f"it needs Linux on {known}, and this is {sys.platform} on {machine}"
-    reasons = []
-    for name, command in {"bwrap": _bubblewrap, "unshare": _unshare}.items():
-        if shutil.which(name, path=TOOL_PATH) is None:
-            reasons.append(f"{name} is not installed")
-            continue
-        result = _run(command, PROBE, "", "", Limits(wall_s=20.0))
-        if result.finished:
-            return command, None
-        said = result.stderr.strip().splitlines() or [result.stopped or "no message"]
-        reasons.append(f"{name} fails here: {said[-1]}")
-    return None, "; ".join(reasons) + f". On a machine that allows namespaces {INSTALL_HINT}"
-
-
-def _bubblewrap(root: Path, command: list[str]) -> list[str]:
+def _bubblewrap(root: Path, shown: list[str], command: list[str]) -> list[str]:
     own_user = [] if os.getuid() == 0 else ["--unshare-user"]
     namespaces = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", *own_user]
-    shown = [word for path in _shown() for word in ("--ro-bind", path, path)]
+    parents = sorted({str(parent) for path in shown for parent in Path(path).parents} - {"/"})
+    made = [word for path in parents for word in ("--perms", "0755", "--dir", path)]
+    bound = [word for path in shown for word in ("--ro-bind", path, path)]
     options = ["--die-with-parent", "--remount-ro", "/", "--chdir", "/", "--"]
-    return ["bwrap", *namespaces, *shown, *options, *command]
+    return ["bwrap", *namespaces, *made, *bound, *options, *command]
 
 
-def _unshare(root: Path, command: list[str]) -> list[str]:
+def _unshare(root: Path, shown: list[str], command: list[str]) -> list[str]:
     own_user = [] if os.getuid() == 0 else ["--user", "--map-root-user"]
     namespaces = ["--mount", "--pid", "--net", "--ipc", "--uts", *own_user]
     with_caller = ["setpriv", "--pdeathsig", "KILL"]
     with_tool = ["unshare", *namespaces, "--fork", "--kill-child"]
-    setup = ["sh", "-c", UNSHARE_SETUP, "sh", str(root), *_shown(), "--"]
+    setup = ["sh", "-c", UNSHARE_SETUP, "sh", str(root), *shown, "--"]
     return [*with_caller, *with_tool, *setup, *command]
 
 
@@ -185,12 +195,57 @@ def _shown() -> list[str]:
     return [str(path) for path in dict.fromkeys(map(Path, needed)) if path.is_dir()]
 
 
+TOOLS: dict[str, Command] = {"bwrap": _bubblewrap, "unshare": _unshare}
+
+
+@functools.cache
+def _tool() -> tuple[Command | None, str | None]:
+    """The first tool that holds what it must; or none, and why."""
+    machine = platform.machine()
+    if sys.platform != "linux" or machine not in sandbox_inside.MACHINES:
+        known = ", ".join(sandbox_inside.MACHINES)
+        return None, f"it needs Linux on {known}, and this is {sys.platform} on {machine}"
+    reasons = []
+    for name, command in TOOLS.items():
+        reason = _refusal(name, command)
+        if reason is None:
+            return command, None
+        reasons.append(reason)
+    return None, "; ".join(reasons) + f". On a machine that allows namespaces {INSTALL_HINT}"
+
+
+def _refusal(name: str, command: Command) -> str | None:
+    """Why a tool is not to be trusted here; None if it is."""
+    if shutil.which(name, path=TOOL_PATH) is None:
+        return f"{name} is not installed"
+    result = _run(command, PROBE, "", "", Limits(wall_s=20.0))
+    if result.finished:
+        return None
+    said = result.stderr.strip().splitlines() or [result.stopped or "no message"]
+    return f"{name} fails here: {said[-1]}"
+
+
 # ---------------------------------------------------------------------------------------------
 # One run
 
 
 def _run(command: Command, program: str, tests: str, stdin: str, limits: Limits) -> Result:
     token = secrets.token_hex(16)
+    job = _job(program, tests, token, limits)
+    with tempfile.TemporaryDirectory() as root:
+        with _start(command, Path(root), len(job), [], subprocess.PIPE) as process:
+            try:
+                sent = job + stdin.encode(errors="replace")
+                stopped, *output = _exchange(process, sent, limits)
+            finally:
+                kill(process)
+    stdout, stderr = (part.decode(errors="replace") for part in output)
+    finished = not stopped and process.returncode == 0 and stdout.endswith(token)
+    return Result(finished, process.returncode, stdout.removesuffix(token), stderr, stopped)
+
+
+def _job(program: str, tests: str, token: str, limits: Limits) -> bytes:
+    """What `sandbox_inside.main` reads."""
     job = {
         "program": program,
         "tests": tests,
@@ -199,27 +254,23 @@ def _run(command: Command, program: str, tests: str, stdin: str, limits: Limits)
         "memory_bytes": limits.memory_mib << 20,
         "cpu_s": limits.cpu_s,
     }
-    text = json.dumps(job).encode()
-    python = [str(Path(sys.executable).resolve()), "-I", "-S", "-B", "-c", INSIDE, str(len(text))]
-    with tempfile.TemporaryDirectory() as root:
-        process = subprocess.Popen(
-            command(Path(root), python),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={"PATH": TOOL_PATH},
-            cwd="/",
-            start_new_session=True,
-        )
-        with process:
-            try:
-                sent = text + stdin.encode(errors="replace")
-                stopped, *output = _exchange(process, sent, limits)
-            finally:
-                _kill(process)
-    stdout, stderr = (part.decode(errors="replace") for part in output)
-    finished = not stopped and process.returncode == 0 and stdout.endswith(token)
-    return Result(finished, process.returncode, stdout.removesuffix(token), stderr, stopped)
+    return json.dumps(job).encode()
+
+
+def _start(
+    command: Command, root: Path, job_bytes: int, packages: list[str], stderr: int
+) -> subprocess.Popen:
+    """Start the interpreter, which then waits for its job; `packages`: more directories to show."""
+    python = [str(Path(sys.executable).resolve()), "-I", "-S", "-B", "-c", INSIDE, str(job_bytes)]
+    return subprocess.Popen(
+        command(root, _shown() + packages, python),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        env={"PATH": TOOL_PATH},
+        cwd="/",
+        start_new_session=True,
+    )
 
 
 def _exchange(process: subprocess.Popen, sent: bytes, limits: Limits) -> tuple[str, bytes, bytes]:
@@ -265,7 +316,7 @@ def _feed(process: subprocess.Popen, sent: bytes, ready: selectors.BaseSelector)
     return sent
 
 
-def _kill(process: subprocess.Popen) -> None:
+def kill(process: subprocess.Popen) -> None:
     """Kill the tool and all that it started: the program cannot leave its process group, and in a
     PID namespace nothing outlives the first process."""
     if process.poll() is None:

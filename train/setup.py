@@ -20,17 +20,20 @@ from models.transformer import Transformer
 from train.loop import LoopConfig, Training
 from utils import checkpoint, cost_tracker, distributed, seed
 from utils.checkpoint import Checkpointer, CheckpointError
-from utils.config import CommandLine, Config, ConfigError, Problem, check_resume, plain
+from utils.config import CommandLine, Config, ConfigError, Problem, check_resume, plain, save_yaml
 from utils.cost_tracker import CostTracker
 from utils.distributed import Distributed
 from utils.logging import MetricsLog, RunDirectory, get_logger, human_count, human_time
 from utils.mirror import Mirror
+from utils.report import write_report
+from utils.versions import versions
+from utils.wandb_log import WandbLog
 
 # A resumed run may differ in these: they change speed, place or bookkeeping, not what is learned.
 RESUME_MAY_CHANGE = (
     "train.micro_batch", "train.log_every", "train.eval_every", "train.save_every",
-    "train.save_every_hours", "train.keep_checkpoints", "train.mirror_dir", "runtime", "cost",
-    "runs_dir", "data.cache_dir",
+    "train.save_every_hours", "train.keep_checkpoints", "train.mirror_dir",
+    "train.stability", "train.wandb_project", "runtime", "cost", "runs_dir", "data.cache_dir",
 )  # fmt: skip
 # A run branched off another's checkpoint may also change where it goes from there.
 BRANCH_MAY_CHANGE = (*RESUME_MAY_CHANGE, "name", "schedule", "optim", "train.steps", "train.tokens")
@@ -257,6 +260,7 @@ def open_run(
         )
     if dist.is_main:
         run.prepare(args.resume, values)
+        save_yaml(run.path / "versions.yaml", {"stage": stage, **versions()})
     dist.barrier()
     return run, checkpointer, state
 
@@ -343,11 +347,18 @@ def make_cost_tracker(config: Config, dist: Distributed) -> CostTracker:
 
 
 def open_log(path: Path, training: Training, dist: Distributed) -> MetricsLog:
-    """A run's metrics or samples, cut back to where it goes on; the first process alone writes."""
+    """A run's metrics or samples, cut back to where it goes on; the first process alone writes.
+
+    The metrics go to W&B as well where the config asks for it.
+    """
     if not dist.is_main:
         return MetricsLog(os.devnull)
     log = MetricsLog(path)
     log.cut_back(training.step, evaluated=training.evaluated_at == training.step)
+    config = training.identity["config"]
+    project = config["train"]["wandb_project"]
+    if project and path.name == "metrics.jsonl":
+        log.wandb = WandbLog(project, path.parent, config)
     return log
 
 
@@ -367,6 +378,7 @@ def finish(
             checkpoint.save(run.final, training.weights())
             say(f"done: {run.final} ({human_count(training.tokens)} tokens)")
             say(f"metrics: {run.metrics}")
+            _draw(run)
             say(f'try it: python inference.py --checkpoint {run.final} --prompt "Once upon a time"')
         else:
             overrides = "".join(f" {o}" for o in args.overrides)
@@ -375,3 +387,11 @@ def finish(
         if checkpointer.mirror:
             checkpointer.mirror.close()
     dist.close()
+
+
+def _draw(run: RunDirectory) -> None:
+    """The report; a run without one is finished all the same."""
+    try:
+        get_logger().info(f"report: {write_report([run.path])}")
+    except Exception as error:
+        get_logger().warning(f"no report ({error}); to try again: python report.py {run.path}")

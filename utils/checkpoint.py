@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -217,15 +218,23 @@ class Checkpointer:
         messages, self._failures = self._failures, []
         return messages
 
-    def latest(self) -> tuple[Path, dict[str, Any]] | None:
-        """Load the newest undamaged checkpoint; None without one. Removes leftover temporaries."""
+    def latest(
+        self, wanted: Callable[[dict[str, Any]], bool] = bool
+    ) -> tuple[Path, dict[str, Any]] | None:
+        """Load the newest undamaged checkpoint that is `wanted`; None without one.
+
+        Removes leftover temporaries.
+        """
         for leftover in self.directory.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)  # another rank may be here too
         for _, path in sorted(self._files().items(), reverse=True):
             try:
-                return path, load(path)
+                payload = load(path)
             except CheckpointError as error:
                 get_logger().warning(f"skipping {error}")
+            else:
+                if wanted(payload):
+                    return path, payload
         return None
 
     def close(self) -> None:

@@ -146,7 +146,8 @@ class CostTracker:
             values["cost/usd_spent"] = usd = self._usd(now)
             if usd > 0:
                 values["cost/tokens_per_dollar"] = self.tokens / usd
-        if new_tokens := self.tokens - self._earlier["tokens"]:
+        new_tokens = self.tokens - self._earlier["tokens"]
+        if new_tokens > 0:  # a rollback may lead to before where this process began
             hours = (now - self._started) / 3600
             left = max(0, self.total_tokens - self.tokens)
             values["cost/eta_hours"] = left * hours / new_tokens

@@ -3,7 +3,7 @@
 `metrics.jsonl` is the record: one flushed line for each report, so that a kill loses at most the
 line being written, cut back to the checkpoint's step on resume so that no step appears twice.
 
-Left out: W&B, which only mirrors these lines, and plots (`utils/report.py`).
+Left out: plots (`utils/report.py`).
 """
 
 import contextlib
@@ -14,9 +14,12 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from utils.config import ConfigError, save_yaml
+
+if TYPE_CHECKING:
+    from utils.wandb_log import WandbLog
 
 
 class _Console(logging.Handler):
@@ -39,10 +42,11 @@ def get_logger() -> logging.Logger:
 
 
 class MetricsLog:
-    """Appends one JSON object per report to a file."""
+    """Appends one JSON object per report to a file, and passes it on to `wandb` if there is one."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.wandb: WandbLog | None = None
         self._file = self.path.open("a", encoding="utf-8")
         self._failing = False
 
@@ -53,8 +57,11 @@ class MetricsLog:
         """
         line = {"step": step, "time": time.time()}
         line |= {key: _finite(value) for key, value in values.items()}
+        text = json.dumps(line)
+        if self.wandb:
+            self.wandb.write(text)
         try:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(text + "\n")
             self._file.flush()
         except OSError as error:
             if not self._failing:
@@ -63,12 +70,17 @@ class MetricsLog:
 
     def cut_back(self, step: int, evaluated: bool = True) -> None:
         """Drop what a run resumed at `step` will report again, and torn lines; see `cut_back`."""
-        self.close()
+        self._close_file()
         cut_back(self.path, step, evaluated)
         self._file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
-        """Close the file; what a full disk still holds back is lost."""
+        """Close the file, and W&B; what a full disk still holds back is lost."""
+        self._close_file()
+        if self.wandb:
+            self.wandb.close()
+
+    def _close_file(self) -> None:
         with contextlib.suppress(OSError):
             self._file.close()
 

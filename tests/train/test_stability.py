@@ -1,0 +1,296 @@
+"""Spikes are skipped, escalated and survived: the run ends where it would have without them."""
+
+import dataclasses
+import os
+import signal
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from data.packing import Batch, make_batch, pack_rows
+from models.config import ModelConfig
+from models.transformer import Transformer
+from optim.optimizer import OptimConfig, make_optimizer
+from optim.scheduler import Schedule, ScheduleConfig
+from train.loop import LoopConfig, Training, fit, train_step
+from train.loss import cross_entropy_loss
+from train.stability import Stability, StabilityConfig
+from utils.checkpoint import Checkpointer
+from utils.config import ConfigError
+from utils.cost_tracker import CostTracker
+from utils.distributed import Distributed
+from utils.logging import MetricsLog, read_metrics
+
+SHAPE = ModelConfig(
+    vocab_size=24, d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_ffn=48, max_seq_len=16
+)
+DIST = Distributed(0, 1, 0, torch.device("cpu"))
+STEPS = 260
+QUICK = StabilityConfig(
+    window=32, calm_steps=4, cut_after=3, cut_steps=20, rollback_after=8, max_rollbacks=2
+)
+
+
+@dataclasses.dataclass
+class Marked(Batch):
+    fault: str = ""
+
+
+def batch(index: int, fault: str = "") -> Marked:
+    """Eight rows of a chain whose next token is one of three; or, as `noise`, of any tokens."""
+    generator = np.random.default_rng(index)
+    rows = generator.integers(0, 24, (8, 16))
+    if fault != "noise":
+        for t in range(1, 16):
+            rows[:, t] = (rows[:, t - 1] * 5 + generator.integers(0, 3, 8)) % 24
+    packed = pack_rows([row.astype(np.uint16) for row in rows], 16, 4)
+    return Marked(**vars(make_batch(packed, 16, 4)), fault=fault)
+
+
+class Loader:
+    """Good batches 0, 1, 2, ... with bad ones put between: `faults` at given draws."""
+
+    def __init__(self, faults: dict[int, str]) -> None:
+        self.faults = faults
+        self.draw = self.good = 0
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> list[Batch]:
+        fault = self.faults.get(self.draw, "")
+        self.draw, self.good = self.draw + 1, self.good + (not fault)
+        return [batch(10_000 + self.draw if fault else self.good, fault)]
+
+    def state_dict(self) -> dict:
+        return {"draw": self.draw, "good": self.good}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.draw, self.good = state["draw"], state["good"]
+
+
+def loss_fn(model: Transformer, batch: Marked) -> tuple[torch.Tensor, dict]:
+    if batch.fault == "damage":
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.7)
+    loss, metrics = cross_entropy_loss(model, batch)
+    if batch.fault == "nan":
+        loss = loss * float("nan")
+    if batch.fault == "hundredfold":
+        loss = loss * 100
+    if batch.fault == "explosion":  # of the gradient alone
+        loss = loss + 1e4 * (loss - loss.detach())
+    if batch.fault == "stop":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return loss, metrics
+
+
+def start(faults: dict[int, str]) -> Training:
+    torch.manual_seed(0)
+    model = Transformer(SHAPE)
+    return Training(
+        model,
+        make_optimizer(model.named_parameters(), OptimConfig(lr=1e-2)),
+        Schedule(ScheduleConfig(warmup_steps=10, decay_fraction=0.3), STEPS),
+        Loader(faults),
+        CostTracker(None, None, STEPS * 128),
+        {},
+    )
+
+
+class Finished:
+    """A run in a folder, trained to its end or its stop."""
+
+    def __init__(
+        self,
+        folder,
+        faults: dict[int, str],
+        config: StabilityConfig = QUICK,
+        resumed: bool = False,
+    ) -> None:
+        folder.mkdir(exist_ok=True)
+        loop = LoopConfig(log_every=2, eval_every=1000, save_every=20, stability=config)
+        checkpointer = Checkpointer(folder / "checkpoints", 2)
+        self.training = start(faults)
+        if resumed:
+            self.training.load_state_dict(checkpointer.latest()[1])
+        self.log = MetricsLog(folder / "metrics.jsonl")
+        self.done = fit(self.training, loss_fn, loop, checkpointer, self.log, DIST, lambda: {})
+        checkpointer.close()
+        self.last = read_metrics(folder / "metrics.jsonl")[-2]
+
+    @property
+    def loss(self) -> float:
+        with torch.no_grad():
+            held_out = [batch(20_000 + i) for i in range(20)]
+            losses = [cross_entropy_loss(self.training.model, b)[0].item() for b in held_out]
+        return sum(losses) / sum(b.weight for b in held_out)
+
+
+@pytest.fixture(scope="module")
+def never_saw(tmp_path_factory) -> Finished:
+    """A run on the good data alone."""
+    return Finished(tmp_path_factory.mktemp("clean"), {})
+
+
+def span(first: int, steps: int, fault: str) -> dict[int, str]:
+    return dict.fromkeys(range(first, first + steps), fault)
+
+
+# name: (bad batches, steps skipped at least, rollbacks, whether the rate was cut)
+SURVIVED = {
+    "NaN": ({120: "nan"}, 1, 0, False),
+    "NaN in the warm-up": ({3: "nan"}, 1, 0, False),
+    "hundredfold loss": ({120: "hundredfold"}, 1, 0, False),
+    "exploding gradient": ({120: "explosion"}, 1, 0, False),
+    "five in a row": (span(120, 5, "hundredfold"), 5, 0, True),
+    "a run of bad data": (span(110, 18, "noise"), 18, 2, True),
+    "damaged weights": ({110: "damage"}, 8, 1, True),
+}
+
+
+@pytest.mark.parametrize("case", SURVIVED)
+def test_a_survived_fault_leaves_the_loss_where_it_was(never_saw, tmp_path, case):
+    faults, skipped, rollbacks, cut = SURVIVED[case]
+    run = Finished(tmp_path / "run", faults)
+    assert run.done
+    assert run.loss == pytest.approx(never_saw.loss, abs=0.02)
+    assert run.last["stability/skipped_steps"] >= skipped
+    assert run.last["stability/rollbacks"] == rollbacks
+    assert (run.training.stability.cut_until > 0) == cut
+
+
+def test_good_data_is_hardly_ever_skipped(never_saw):
+    assert never_saw.last["stability/skipped_steps"] <= 1
+
+
+def test_the_first_fault_passes_without_the_gate_and_does_harm(tmp_path):
+    """The same faults and no `sigma`: what the gate is for."""
+    faults = span(110, 18, "noise")
+    with_gate = Finished(tmp_path / "with", faults)
+    without = Finished(tmp_path / "without", faults, QUICK.model_copy(update={"sigma": None}))
+    assert without.last["stability/skipped_steps"] == 0
+    assert with_gate.last["stability/skipped_steps"] >= 18
+    lines = {
+        m["step"]: m.get("train/loss") for m in read_metrics(tmp_path / "without/metrics.jsonl")
+    }
+    assert lines[130] > lines[108] + 0.05
+
+
+def test_a_cut_halves_the_rate_and_ends(tmp_path):
+    run = Finished(tmp_path / "run", span(120, 4, "hundredfold"))
+    lines = {m["step"]: m for m in read_metrics(tmp_path / "run/metrics.jsonl")}
+    assert lines[118]["train/lr"] == pytest.approx(1e-2)
+    assert lines[130]["train/lr"] == pytest.approx(0.5e-2)
+    assert lines[130]["stability/rate_cut"] == 0.5
+    assert lines[150]["train/lr"] == pytest.approx(1e-2)
+    assert run.last["stability/rate_cut"] == 1.0
+
+
+def test_a_rollback_goes_past_the_span_and_no_step_is_logged_twice(tmp_path):
+    run = Finished(tmp_path / "run", span(110, 9, "noise"))
+    ((back_to, reached),) = run.training.stability.skipped_spans
+    assert back_to == 100
+    assert reached in (118, 120)
+    steps = [m["step"] for m in read_metrics(tmp_path / "run/metrics.jsonl") if "train/loss" in m]
+    assert steps == sorted(set(steps))
+    assert run.training.loader.draw == STEPS + reached - back_to
+
+
+def test_it_stops_when_nothing_helps(tmp_path):
+    with pytest.raises(ConfigError, match="8 steps were skipped in a row, after 2 rollbacks"):
+        Finished(tmp_path / "run", span(110, 1000, "nan"))
+
+
+@pytest.mark.parametrize("stop_at", [113, 119, 125])  # in the row, after the rollback, later
+def test_a_run_resumed_amid_its_trouble_is_the_uninterrupted_run(tmp_path, stop_at):
+    faults = span(110, 9, "noise")
+    whole = Finished(tmp_path / "whole", faults)
+    part = Finished(tmp_path / "parts", faults | {stop_at: "stop"})
+    assert not part.done
+    saved = part.training.stability
+    rest = start({})
+    rest.load_state_dict(Checkpointer(tmp_path / "parts/checkpoints", 2).latest()[1])
+    for key, value in saved.device_state.items():
+        assert torch.equal(rest.stability.device_state[key], value)
+    rest = Finished(tmp_path / "parts", faults, resumed=True)
+    assert rest.done
+    for key, value in whole.training.model.state_dict().items():
+        assert torch.equal(rest.training.model.state_dict()[key], value)
+    one, two = whole.training.stability.state_dict(), rest.training.stability.state_dict()
+    for key, value in one.pop("device_state").items():
+        assert torch.equal(two["device_state"][key], value)
+    assert one == {key: two[key] for key in one}
+
+
+def scored(history: list[float], value: float, config: StabilityConfig) -> tuple[bool, float]:
+    stability = Stability(config)
+    for x in history:
+        stability.accept(torch.tensor(x), torch.tensor(1.0))
+    stability.device_state["peak"].zero_()
+    good = stability.accept(torch.tensor(value), torch.tensor(1.0))
+    return bool(good), stability.device_state["peak"][0].item()
+
+
+def test_the_score_is_that_of_the_docstring():
+    config = StabilityConfig(window=8, sigma=3.0)
+    history = [2.0, 2.5, 1.5, 2.2, 1.9, 2.4, 2.1, 1.8, 2.3, 2.0, 2.2]
+    last = np.array(history[-8:])
+    for value in (2.6, 3.0, 4.0):
+        good, z = scored(history, value, config)
+        assert z == pytest.approx((value - last.mean()) / last.std(), rel=1e-4)
+        assert good == (z <= 3.0)
+
+
+def test_nothing_is_a_spike_before_half_a_window_or_within_one_percent():
+    config = StabilityConfig(window=8, sigma=3.0)
+    assert scored([2.0, 2.1, 2.0], 200.0, config)[0]
+    assert not scored([2.0, 2.1, 2.0, 2.1], 200.0, config)[0]
+    assert scored([2.0] * 8, 2.05, config)[0]
+    assert not scored([2.0] * 8, 2.07, config)[0]
+
+
+def test_skipped_values_do_not_widen_the_window():
+    history = [2.0, 2.1, 1.9, 2.0, 2.1, 1.9] + [200.0] * 20
+    assert not scored(history, 200.0, StabilityConfig(window=8))[0]
+
+
+class NoHostSync(TorchDispatchMode):
+    """Raises where a tensor's value is read by Python."""
+
+    def __torch_dispatch__(self, function: Callable, types: object, args=(), kwargs=None) -> object:
+        if function.overloadpacket in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.is_nonzero,
+            torch.ops.aten.nonzero,
+        ):
+            raise AssertionError(f"{function} waits for the device")
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_from_the_device():
+    training = start({})
+    training.stability.config = QUICK
+    with NoHostSync():
+        with pytest.raises(AssertionError, match="waits for the device"):
+            bool(torch.ones(()) > 0)
+        for _ in range(3):
+            train_step(training, next(training.loader), loss_fn, 1.0, DIST)
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_does_not_synchronise():
+    device = torch.device("cuda")
+    stability = Stability(QUICK)
+    loss, norm = torch.tensor(2.0, device=device), torch.tensor(1.0, device=device)
+    stability.accept(loss, norm)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            stability.accept(loss, norm)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,67 @@
+"""What runs in a scorer's process (`scorer.py`): libraries that judge a model's text.
+
+Nothing of the repository is there: this needs the standard library, and for each verifier the
+package that it names.
+"""
+
+import contextlib
+import json
+import re
+import sys
+
+
+def score_math(completion: str, answer: str) -> float:
+    """1 if math-verify finds the completion's last result equal to `answer`, 0 otherwise.
+
+    An answer without `$` or `\\boxed{}` is put between `$`, so that its LaTeX is read as such. The
+    library's timeouts are off: they need SIGALRM, and the caller's holds for everything.
+    """
+    from math_verify import parse, verify
+
+    gold = answer if "$" in answer or "\\boxed" in answer else f"${answer}$"
+    gold, said = (parse(text, parsing_timeout=None) for text in (gold, completion))
+    return float(verify(gold, said, timeout_seconds=None))
+
+
+def score_regex(completion: str, answer: str) -> float:
+    """1 if the whole completion, white space around it aside, matches the pattern `answer`."""
+    return float(re.fullmatch(answer, completion.strip()) is not None)
+
+
+def score_reasoning_gym(completion: str, answer: str) -> float:
+    """The task's own score, from 0 to 1; `answer` is the task's entry as JSON.
+
+    What stands in the last `<answer>` tags is judged, or the whole completion if there are none.
+    """
+    import reasoning_gym
+
+    entry = json.loads(answer)
+    tagged = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
+    scorer = reasoning_gym.get_score_answer_fn(entry["metadata"]["source_dataset"])
+    return float(scorer((tagged[-1] if tagged else completion).strip(), entry))
+
+
+SCORERS = {"math": score_math, "regex": score_regex, "reasoning_gym": score_reasoning_gym}
+PACKAGES = {"math": "math_verify", "reasoning_gym": "reasoning_gym"}
+
+
+def serve() -> None:
+    """Read a line [paths, verifier], then lines [completion, answer]; answer each with a score.
+
+    What a library raises on a text counts as 0. What it prints goes to stderr.
+    """
+    answers, sys.stdout = sys.stdout, sys.stderr
+    paths, name = json.loads(sys.stdin.readline())
+    sys.path += paths
+    if name in PACKAGES:
+        __import__(PACKAGES[name])
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        score = 0.0
+        with contextlib.suppress(Exception):
+            score = SCORERS[name](*json.loads(line))
+        print(json.dumps(score), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve()
