@@ -1,7 +1,9 @@
-"""Continue a text with any checkpoint.
+"""Continue a text with a pretrained checkpoint, or ask one that was trained to answer.
 
-python inference.py --checkpoint runs/demo/pretrain/pretrain_final.pt --prompt "The old mill"
-python inference.py --checkpoint FILE --prompt "Once" --temperature 0 --max-new-tokens 50
+    python inference.py --checkpoint runs/demo/pretrain/pretrain_final.pt --prompt "The old mill"
+    python inference.py --checkpoint runs/demo/dpo/dpo_final.pt --prompt "What is 3 + 4?"
+
+The same prompt, settings and seed give the same text; --temperature 0 takes the likeliest tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from data.chat import ChatTemplate, render_prompt
 from data.tokenizer import Tokenizer
 from models.config import ModelConfig
 from models.generate import stream
@@ -21,8 +24,14 @@ from utils.config import ConfigError, run_script, validate
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
-    model, tokenizer = load(args.checkpoint)
-    prompt = ([tokenizer.bos_id] if tokenizer.add_bos else []) + tokenizer.encode(args.prompt)
+    model, tokenizer, template = load(args.checkpoint)
+    if template is None:
+        before = [tokenizer.bos_id] if tokenizer.add_bos else []
+        prompt = before + tokenizer.encode(args.prompt)
+        print(args.prompt, end="", flush=True)
+    else:
+        message = {"role": "user", "content": args.prompt}
+        prompt = render_prompt([message], tokenizer, template)
     try:
         ids = stream(
             model,
@@ -34,7 +43,6 @@ def main(argv: list[str]) -> None:
             stop_ids={tokenizer.eos_id},
             seed=args.seed,
         )
-        print(args.prompt, end="", flush=True)
         for text in readable(tokenizer, ids):
             print(text, end="", flush=True)
     except ValueError as error:
@@ -56,14 +64,20 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load(path: str) -> tuple[Transformer, Tokenizer]:
-    """The model and tokenizer of any stage's checkpoint, on the GPU if there is one."""
+def load(path: str) -> tuple[Transformer, Tokenizer, ChatTemplate | None]:
+    """What any stage's checkpoint holds, the model on the GPU if there is one."""
     state = checkpoint.load(path)
+    if state["stage"] == "verifier":
+        raise ConfigError(
+            f"--checkpoint {path} is a verifier, which scores answers and writes none: "
+            "give the checkpoint of another stage"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = Transformer(validate(ModelConfig, state["model_config"], path), dtype)
     model.load_state_dict(state["model"])
-    return model.to(device).eval(), Tokenizer.from_state(state["tokenizer"])
+    template = state["chat_template"] and ChatTemplate.from_state(state["chat_template"])
+    return model.to(device).eval(), Tokenizer.from_state(state["tokenizer"]), template
 
 
 def readable(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

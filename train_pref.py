@@ -97,9 +97,8 @@ def main(argv: list[str]) -> None:
     args = parse_command_line(__doc__, base_model=True, argv=argv)
     config = load_config(PrefConfig, args.config, args.overrides)
     if args.dry_run:
-        setup.print_plan(
-            setup.with_steps(config, setup.expected_steps(config)), config.data.seq_len
-        )
+        planned = setup.with_steps(config, setup.expected_steps(config))
+        setup.print_plan(planned, config.data.seq_len)
         return
 
     dist = setup.start_devices(config.runtime, config.seed)
@@ -115,10 +114,7 @@ def main(argv: list[str]) -> None:
     model = setup.build_model(config.model, config.runtime, dist, kind)
     model.load_state_dict(model.state_dict() | base["model"])  # a new head stays as drawn
     reference = find_reference(args, config, model, pairs, state, dist)
-    loader = make_loader(config, pairs, reference.logp, dist)
-    held_out = held_out_batches(
-        pairs, reference.logp, config.data, config.train.micro_batch, dist.world_size
-    )
+    loader, held_out = make_batches(config, pairs, reference.logp, dist)
     asked = [] if is_verifier else choose_questions(pairs, config.eval.questions, tokenizer.eos_id)
 
     optimizer = make_optimizer(model.named_parameters(), config.optim)
@@ -170,9 +166,10 @@ def prepare_pairs(
     data: PairDataConfig, tokenizer: Tokenizer, template: ChatTemplate, dist: Distributed
 ) -> Pairs:
     """The pairs of all sources, tokenized by the first process and read by all."""
-    pairs = load_pairs(data, tokenizer, template) if dist.is_main else None
+    load = partial(load_pairs, data, tokenizer, template)
+    pairs = load() if dist.is_main else None
     dist.barrier()
-    return pairs or load_pairs(data, tokenizer, template)
+    return pairs or load()
 
 
 @dataclass
@@ -231,21 +228,23 @@ def load_reference(
     return reference.eval().requires_grad_(False)
 
 
-def make_loader(
+def make_batches(
     config: PrefConfig, pairs: Pairs, reference: Tensor | None, dist: Distributed
-) -> PairLoader:
+) -> tuple[PairLoader, list[PairBatch]]:
+    """The batches to train on, and those held out."""
+    micro_batch = config.train.micro_batch
     loader = PairLoader(
         pairs,
         reference,
         config.data,
         config.seed,
         rows_per_step=config.train.batch_tokens // config.data.seq_len,
-        micro_batch=config.train.micro_batch,
+        micro_batch=micro_batch,
         rank=dist.rank,
         world_size=dist.world_size,
     )
-    get_logger().info(loader.describe())
-    return loader
+    get_logger().info(str(loader))
+    return loader, held_out_batches(pairs, reference, config.data, micro_batch, dist.world_size)
 
 
 def measure(

@@ -171,7 +171,8 @@ def choose_questions(
     """At most `count` questions, from all sources alike and from all over each."""
     chosen = []
     for conversations in sources:
-        whole = conversations.tokens[conversations.ends - 1] == eos_id  # not truncated
+        last = conversations.ends - 1
+        whole = (conversations.tokens[last] == eos_id) & conversations.learned[last]  # not cut
         indices = np.flatnonzero(whole & (conversations.held_out == held_out))
         few = min(len(indices), count // len(sources))
         spread = np.arange(few) * len(indices) // max(1, few)

@@ -131,8 +131,7 @@ class PairLoader:
         """Steps in which every pair is seen in `epochs` epochs."""
         return -(-self.plan.rows_in(epochs) // self.rows_per_step)
 
-    def describe(self) -> str:
-        """The first epoch in a line, for the log."""
+    def __str__(self) -> str:
         pairs, rows = len(self.members), self.plan.rows_in(1)
         per_step = self.rows_per_step * pairs / rows
         return f"an epoch: {pairs:,} pairs, {self.plan}; {per_step:,.0f} pairs a step on average"
@@ -195,8 +194,8 @@ def batches_of(
 def choose_questions(pairs: Pairs, count: int, eos_id: int) -> list[Question]:
     """At most `count` held-out prompts, from all over them, with the first turn of the chosen
     answer."""
-    chosen_ends = pairs.ends[::2]
-    whole = pairs.tokens[chosen_ends - 1] == eos_id  # not truncated
+    last = pairs.ends[::2] - 1
+    whole = (pairs.tokens[last] == eos_id) & pairs.learned[last]  # not cut
     members = _spread(np.flatnonzero(pairs.held_out & whole), count)
     return [_question(pairs, index) for index in members]
 

@@ -1,4 +1,4 @@
-"""`make demo`: train a small language model on built-in text, then let it write.
+"""`make demo`: pretraining, SFT and DPO of a small language model on built-in data.
 
 Everything is embedded: no download, no GPU. Run again after an interruption, it goes on where it
 was. The results lie in runs/demo.
@@ -12,11 +12,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FINAL = "runs/demo/pretrain/pretrain_final.pt"
-STAGES = ("train_pretrain.py --config configs/demo/pretrain.yaml --resume",)
+PRETRAINED = "runs/demo/pretrain/pretrain_final.pt"
+CHAT = "runs/demo/sft/sft_final.pt"
+PREFERRED = "runs/demo/dpo/dpo_final.pt"
+STAGES = (
+    "train_pretrain.py --config configs/demo/pretrain.yaml --resume",
+    f"train_sft.py --config configs/demo/sft.yaml --base-model {PRETRAINED} --resume",
+    f"train_pref.py --config configs/demo/dpo.yaml --base-model {CHAT} --resume",
+)
 SAMPLES = (
-    f'inference.py --checkpoint {FINAL} --prompt "The " --max-new-tokens 60',
-    f'inference.py --checkpoint {FINAL} --prompt "def " --max-new-tokens 60',
+    f'inference.py --checkpoint {PRETRAINED} --prompt "The " --max-new-tokens 60',
+    f'inference.py --checkpoint {PREFERRED} --prompt "What is 3 + 4?" --temperature 0',
 )
 
 

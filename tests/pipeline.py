@@ -49,9 +49,10 @@ class Run:
         log: Path,
         fault: Fault | None = None,
         largest_file: int | None = None,
+        env: dict[str, str] | None = None,
     ) -> None:
         self.log = log
-        arguments = (script, argv, str(log), fault, largest_file)
+        arguments = (script, argv, str(log), fault, largest_file, env or {})
         self.process = CONTEXT.Process(target=_child, args=arguments)
         self.process.start()
 
@@ -76,9 +77,10 @@ def run(
     log: Path,
     fault: Fault | None = None,
     largest_file: int | None = None,
+    env: dict[str, str] | None = None,
 ) -> Outcome:
     """Run a stage script to its end; a file beyond `largest_file` bytes fails as on a full disk."""
-    return Run(script, list(map(str, argv)), log, fault, largest_file).wait()
+    return Run(script, list(map(str, argv)), log, fault, largest_file, env).wait()
 
 
 def _read(log: Path, kind: str) -> str:
@@ -86,9 +88,15 @@ def _read(log: Path, kind: str) -> str:
 
 
 def _child(
-    script: str, argv: list[str], log: str, fault: Fault | None, largest_file: int | None
+    script: str,
+    argv: list[str],
+    log: str,
+    fault: Fault | None,
+    largest_file: int | None,
+    env: dict[str, str],
 ) -> None:
     os.chdir(ROOT)
+    os.environ.update(env)
     for kind, stream in (("out", sys.stdout), ("err", sys.stderr)):
         descriptor = os.open(
             Path(log).with_suffix(f".{kind}"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC

@@ -270,6 +270,18 @@ def test_a_mirror_that_vanishes_stops_nothing(undisturbed, config, tmp_path, mir
     assert "mount the drive" in missing.err
 
 
+def test_wandb_goes_on_under_one_id_and_changes_nothing(undisturbed, config, tmp_path):
+    argv, env = (config, "train.wandb_project=test"), {"WANDB_MODE": "offline"}
+    pretrain(*argv, fault=Fault("train.loop.train_step", 13), env=env)
+    identity = (tmp_path / "runs/pretrain/wandb_id.txt").read_text().strip()
+    outcome = pretrain(*argv, "--resume", env=env)
+    assert outcome.code == 0, outcome.err
+    assert "warning: W&B" not in outcome.out
+    assert same(tmp_path / "runs", undisturbed)
+    records = (tmp_path / "runs/pretrain/wandb").glob(f"offline-run-*-{identity}/*.wandb")
+    assert any(b"val/loss" in record.read_bytes() for record in records)
+
+
 def test_a_decay_branches_off_the_stable_phase(undisturbed, config, tmp_path):
     pretrain(config, fault=Fault("train.loop.train_step", 12))
     stable = tmp_path / "runs/pretrain/checkpoints/step_00000010.pt"

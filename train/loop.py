@@ -186,7 +186,7 @@ def train_step(
         False when a stop was requested meanwhile: nothing has changed then.
     """
     device = dist.device
-    weight = torch.tensor(sum(b.weight for b in batches), dtype=torch.float32, device=device)
+    weight = torch.full((), sum(b.weight for b in batches), dtype=torch.float32, device=device)
     weight = dist.all_reduce_sum(weight).clamp(min=1.0)
     sums: dict[str, torch.Tensor] = {}
     for batch in batches:

@@ -32,21 +32,200 @@ from utils.config import Config, ConfigError, Problem
 
 Verifier = Callable[[str, str], float]
 
-# Possessive (++, *+): a completion of a million digits must not take quadratic time.
+MINUS = "\N{MINUS SIGN}"
+
+# Quantifiers are possessive (++): a completion of a million digits must not take quadratic time.
 _NUMBER = re.compile(
-    r"(?<![\w.,])"  # not inside a word or number
-    r"(?P<sign>(?<![\w)] )(?<![\w)])-)?+\$?+"
-    r"(?P<digits>[0-9]++(?:,[0-9]{3}(?![0-9]))*+(?:\.[0-9]++)?+)"
-    r"(?![\w]|[.,][0-9]|\s?[*/^=]|\s?[-+]\s?[0-9])"  # not the beginning of a word or a formula
+    r"(?<![\w.,])(?<![0-9][-+*/^])(?<![0-9] [-+*/^] )"  # not inside a word, number or formula
+    r"(?P<sign>(?<![\w).])-)?+\$?+"
+    r"(?P<digits>[0-9]++(?:,[0-9]{3}(?![0-9]))*+(?:\.[0-9]++)?+|\.[0-9]++)"
+    r"(?!\w|[.,][0-9]|\s?(?:[-+/^=]|\*{1,2})\s?[0-9(])"
 )
-_MARKER = re.compile(r"####|\bthe (?:final )?answer is\b:?", re.IGNORECASE)
+_MARKER = re.compile(r"(?:####|\bthe (?:final )?answer is)[\s:*`]*+", re.IGNORECASE)
 _CODE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
-_MARKUP = str.maketrans({"−": "-", "*": None, "`": None})  # a minus sign; bold and code
 
 
 # ---------------------------------------------------------------------------------------------
-# Numbers
+# Texts and numbers
+
+
+def marked_number(text: str) -> Decimal | None:
+    """The number that follows the last "####" or "the answer is"; None if none does."""
+    text = text.replace(MINUS, "-")
+    markers = list(_MARKER.finditer(text))
+    return _value(_NUMBER.match(text, markers[-1].end())) if markers else None
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number in a text; None if there is none."""
+    """The last number in a text that is not part of a formula; None if there is none."""
+    found = None
+    for found in _NUMBER.finditer(text.replace(MINUS, "-")):  # noqa: B007
+        pass
+    return _value(found)
+
+
+def _value(found: re.Match | None) -> Decimal | None:
+    if found is None:
+        return None
+    return Decimal((found["sign"] or "") + found["digits"].replace(",", ""))
+
+
+def _answer_number(answer: str) -> Decimal | None:
+    """The number of a dataset's answer: marked, as in GSM8K's own files, or alone."""
+    return marked_number(answer) if "####" in answer else last_number(answer)
+
+
+def gsm8k(completion: str, answer: str) -> float:
+    said = marked_number(completion)
+    return float(said is not None and said == _answer_number(answer))
+
+
+def number(completion: str, answer: str) -> float:
+    said = last_number(completion)
+    return float(said is not None and said == _answer_number(answer))
+
+
+def exact_match(completion: str, answer: str) -> float:
+    return float(completion.strip() == answer.strip())
+
+
+# ---------------------------------------------------------------------------------------------
+# Code
+
+
+def extract_code(completion: str) -> str:
+    """The last fenced block, closed or not; the whole completion if there is none."""
+    blocks = _CODE.findall(completion)
+    return blocks[-1] if blocks else completion
+
+
+def python(completion: str, answer: str) -> float:
+    """1 if the code passes, in the sandbox.
+
+    The answer is either tests, which run after the code in its namespace and raise if it is wrong,
+    or a JSON list of {"stdin", "stdout"}, compared outside the sandbox line by line, white space at
+    the ends aside. The second kind cannot be forged by what the program does to its interpreter.
+    """
+    program = extract_code(completion)
+    cases = _cases(answer)
+    if cases is None:
+        return float(sandbox.run(program, tests=answer).finished)
+    return float(all(_prints(program, case) for case in cases))
+
+
+def _cases(answer: str) -> list[dict[str, str]] | None:
+    if not answer.lstrip().startswith("[{"):
+        return None
+    return json.loads(answer)
+
+
+def _prints(program: str, case: dict[str, str]) -> bool:
+    result = sandbox.run(program, stdin=case["stdin"])
+    done = result.exit_code == 0 and not result.stopped
+    return done and _lines(result.stdout) == _lines(case["stdout"])
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.strip().splitlines()]
+
+
+def _python() -> Verifier:
+    if reason := sandbox.unavailable():
+        raise ConfigError(
+            f"verifier 'python' runs what a model wrote, and the sandbox for it is unavailable: "
+            f"{reason}"
+        )
+    return python
+
+
+# ---------------------------------------------------------------------------------------------
+# By name
+
+VERIFIERS: dict[str, Callable[[], Verifier]] = {
+    "gsm8k": lambda: gsm8k,
+    "number": lambda: number,
+    "exact_match": lambda: exact_match,
+    "regex": lambda: Scorer("regex"),
+    "math": lambda: Scorer("math"),
+    "python": _python,
+    "reasoning_gym": lambda: Scorer("reasoning_gym"),
+}
+
+
+@functools.cache
+def verifier(name: str) -> Verifier:
+    """The verifier of a name.
+
+    Raises:
+        ConfigError: there is none, or what it needs is not here; with the reason.
+    """
+    if name not in VERIFIERS:
+        near = get_close_matches(name, VERIFIERS, n=1, cutoff=0)[0]
+        known = ", ".join(VERIFIERS)
+        raise ConfigError(f"no verifier '{name}', did you mean '{near}'? There are {known}")
+    return VERIFIERS[name]()
+
+
+def check_answer(name: str, answer: str) -> str | None:
+    """Why no completion could ever be right, in a few words; None if one could."""
+    if not answer.strip():
+        return "answer missing"
+    if name in ("gsm8k", "number") and _answer_number(answer) is None:
+        return "answer without a number"
+    try:
+        if name == "regex":
+            re.compile(answer)
+        elif name == "reasoning_gym":
+            json.loads(answer)["metadata"]["source_dataset"]
+        elif name == "python":
+            _check_tests(answer)
+    except (ValueError, KeyError, TypeError, re.error, SyntaxError) as error:
+        return f"answer not valid for {name} ({type(error).__name__})"
+    return None
+
+
+def _check_tests(answer: str) -> None:
+    cases = _cases(answer)
+    if cases is None:
+        compile(answer, "tests", "exec")
+    elif not all(isinstance(case[key], str) for case in cases for key in ("stdin", "stdout")):
+        raise TypeError
+
+
+# ---------------------------------------------------------------------------------------------
+# Rule and model together
+
+
+class RewardConfig(Config):
+    """How the reward of a completion is put together."""
+
+    rule_weight: float = 1.0
+    """Weight of the verifier by rule."""
+    model_weight: float = 0.0
+    """Weight of the model given as --verifier-model, its scores standardised."""
+
+    def problems(self) -> Iterator[Problem]:
+        for key in ("rule_weight", "model_weight"):
+            if getattr(self, key) < 0:
+                yield Problem((key,), f"{key} ({getattr(self, key)}) is negative")
+        if self.rule_weight == self.model_weight == 0:
+            yield Problem(
+                ("rule_weight", "model_weight"), "rule_weight and model_weight are both 0"
+            )
+
+
+def standardise(score: float, mean: float, deviation: float) -> float:
+    """A verifier model's score in deviations from its mean over held-out answers: its own scale
+    means nothing (Bradley-Terry fixes differences alone), and a weight needs one."""
+    return (score - mean) / deviation
+
+
+def combine(rule: float | None, model: float | None, config: RewardConfig) -> float:
+    """rule_weight × rule + model_weight × model; a part that is None is absent and has weight 0.
+
+    Args:
+        rule: a verifier's reward, 0 to 1.
+        model: a standardised score.
+    """
+    parts = ((rule, config.rule_weight), (model, config.model_weight))
+    return sum(weight * part for part, weight in parts if part is not None)

@@ -56,6 +56,7 @@ from train import sandbox_inside
 CHUNK_BYTES = 1 << 16
 INSIDE = Path(sandbox_inside.__file__).read_text()
 TOOL_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+ENVIRONMENT = {"PATH": TOOL_PATH, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 INSTALL_HINT = "install bubblewrap (`apt-get install bubblewrap`)"
 
 PROBE = """
@@ -137,9 +138,7 @@ def run(program: str, tests: str = "", stdin: str = "", limits: Limits | None = 
     return _run(command, program, tests, stdin, limits or Limits())
 
 
-def start(
-    program: str, packages: list[str], limits: Limits, root: Path
-) -> subprocess.Popen:
+def start(program: str, packages: list[str], limits: Limits, root: Path) -> subprocess.Popen:
     """Start a trusted program that handles untrusted text and lives on: talk to it by its pipes.
 
     Everything holds as for `run` but wall time and output, which are the caller's to watch; at the
@@ -232,13 +231,15 @@ def _refusal(name: str, command: Command) -> str | None:
 def _run(command: Command, program: str, tests: str, stdin: str, limits: Limits) -> Result:
     token = secrets.token_hex(16)
     job = _job(program, tests, token, limits)
-    with tempfile.TemporaryDirectory() as root:
-        with _start(command, Path(root), len(job), [], subprocess.PIPE) as process:
-            try:
-                sent = job + stdin.encode(errors="replace")
-                stopped, *output = _exchange(process, sent, limits)
-            finally:
-                kill(process)
+    with (
+        tempfile.TemporaryDirectory() as root,
+        _start(command, Path(root), len(job), [], subprocess.PIPE) as process,
+    ):
+        try:
+            sent = job + stdin.encode(errors="replace")
+            stopped, *output = _exchange(process, sent, limits)
+        finally:
+            kill(process)
     stdout, stderr = (part.decode(errors="replace") for part in output)
     finished = not stopped and process.returncode == 0 and stdout.endswith(token)
     return Result(finished, process.returncode, stdout.removesuffix(token), stderr, stopped)
@@ -267,7 +268,7 @@ def _start(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,
-        env={"PATH": TOOL_PATH},
+        env=ENVIRONMENT,
         cwd="/",
         start_new_session=True,
     )

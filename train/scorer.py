@@ -90,12 +90,10 @@ class Scorer:
             self._process = sandbox.start(text, paths, LIMITS, Path(self._folder.name))
         else:
             self._process = _plain_process(self._folder.name)
-        if self._ask([paths, self.name], START_S) != b"ready\n":
+        problem = json.loads(self._ask([paths, self.name], START_S) or '"no answer"')
+        if problem:
             self.close()
-            raise ConfigError(
-                f"verifier '{self.name}' does not start: try "
-                f"`python -c 'import {scorer_inside.PACKAGES.get(self.name, 're')}'`"
-            )
+            raise ConfigError(f"verifier '{self.name}' does not start: {problem}")
 
     def _ask(self, message: list, seconds: float) -> bytes | None:
         """The line that comes in answer to a message; None if none comes in time."""

@@ -24,7 +24,7 @@ from utils.config import CommandLine, Config, ConfigError, Problem, check_resume
 from utils.cost_tracker import CostTracker
 from utils.distributed import Distributed
 from utils.logging import MetricsLog, RunDirectory, get_logger, human_count, human_time
-from utils.mirror import Mirror
+from utils.mirror import open_mirror
 from utils.report import write_report
 from utils.versions import versions
 from utils.wandb_log import WandbLog
@@ -36,7 +36,9 @@ RESUME_MAY_CHANGE = (
     "train.stability", "train.wandb_project", "runtime", "cost", "runs_dir", "data.cache_dir",
 )  # fmt: skip
 # A run branched off another's checkpoint may also change where it goes from there.
-BRANCH_MAY_CHANGE = (*RESUME_MAY_CHANGE, "name", "schedule", "optim", "train.steps", "train.tokens")
+BRANCH_MAY_CHANGE = (
+    *RESUME_MAY_CHANGE, "name", "schedule", "optim", "train.steps", "train.tokens", "train.epochs",
+)  # fmt: skip
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -238,7 +240,7 @@ def open_run(
             fit, or the config has changed in a way that a resumed run may not.
     """
     run = RunDirectory(config.runs_dir, config.name)
-    mirror = _open_mirror(config.train.mirror_dir, run, args.resume)
+    mirror = open_mirror(run.path, config.train.mirror_dir, args.resume)
     checkpointer = Checkpointer(run.checkpoints, config.train.keep_checkpoints, mirror)
     values, state = plain(config), None
     found = _newest_checkpoint(checkpointer, dist) if args.resume else None
@@ -263,23 +265,6 @@ def open_run(
         save_yaml(run.path / "versions.yaml", {"stage": stage, **versions()})
     dist.barrier()
     return run, checkpointer, state
-
-
-def _open_mirror(folder: str | None, run: RunDirectory, resume: bool) -> Mirror | None:
-    if folder is None:
-        return None
-    mirror = Mirror(run.path, folder)
-    if not Path(folder).is_dir():
-        raise ConfigError(
-            f"train.mirror_dir ({folder}) is no folder: mount the drive, make the folder, or set "
-            "the key to null"
-        )
-    if not resume and mirror.holds_a_run():
-        raise ConfigError(
-            f"{mirror.path} already mirrors a run: continue it with --resume, choose another name, "
-            "or delete the folder"
-        )
-    return mirror
 
 
 def _newest_checkpoint(checkpointer: Checkpointer, dist: Distributed) -> tuple[Path, dict] | None:
@@ -379,7 +364,9 @@ def finish(
             say(f"done: {run.final} ({human_count(training.tokens)} tokens)")
             say(f"metrics: {run.metrics}")
             _draw(run)
-            say(f'try it: python inference.py --checkpoint {run.final} --prompt "Once upon a time"')
+            if training.identity["stage"] != "verifier":  # which writes nothing
+                command = f"python inference.py --checkpoint {run.final}"
+                say(f'try it: {command} --prompt "Once upon a time"')
         else:
             overrides = "".join(f" {o}" for o in args.overrides)
             say(f"stopped at step {training.step:,}; everything is saved. To go on:")

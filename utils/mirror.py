@@ -23,9 +23,12 @@ import time
 from pathlib import Path
 
 from utils.checkpoint import sidecar
+from utils.config import ConfigError
 from utils.logging import get_logger
 
-TEXTS = ("config.yaml", "metrics.jsonl", "samples.jsonl", "wandb_id.txt")
+TEXTS = (
+    "config.yaml", "versions.yaml", "metrics.jsonl", "samples.jsonl", "wandb_id.txt", "report.html",
+)  # fmt: skip
 REPORT_EVERY_S = 1800.0
 PATIENCE_S = 600.0  # 8 GB at 15 MB/s, the slow end of what Drive takes; a dead mount never returns
 BLOCK_BYTES = 4 * 2**20
@@ -132,6 +135,28 @@ class Mirror:
             f"mirror {self.path}: {_reason(error)}. Training goes on without it; "
             "the next checkpoint tries again"
         )
+
+
+def open_mirror(run: Path, mirror_dir: str | None, resume: bool) -> Mirror | None:
+    """The mirror of the run in this folder, if one is wanted.
+
+    Raises:
+        ConfigError: `mirror_dir` is no folder, or its copy of this run would be overwritten.
+    """
+    if mirror_dir is None:
+        return None
+    mirror = Mirror(run, mirror_dir)
+    if not mirror.path.parent.is_dir():
+        raise ConfigError(
+            f"train.mirror_dir ({mirror_dir}) is no folder: mount the drive, make the folder, or "
+            "set the key to null"
+        )
+    if not resume and mirror.holds_a_run():
+        raise ConfigError(
+            f"{mirror.path} already mirrors a run: continue it with --resume, choose another name, "
+            "or delete the folder"
+        )
+    return mirror
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ without being announced here: `PANELS` only arranges those that every stage has.
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +99,7 @@ NOT_DRAWN = {
     "train/tokens", "train/progress_percent", "cost/eta_hours", "cost/tokens_per_dollar",
     "val/ppl", "sft/val_loss", SKIPPED,
 }  # fmt: skip
+SPELLED = {"frac": "share", "kl": "KL", "logp": "log-probability"}
 SHARES = ("_frac", "accuracy", "exact_match", "pass_rate")  # ends of metrics that are shares
 
 
@@ -207,15 +209,22 @@ def panels_of(runs: Sequence[Run]) -> Iterator[Panel]:
         for key in keys
         if key not in arranged | NOT_DRAWN | once | set(domains) and not key.endswith("_val_ppl")
     ]
-    for key in others:
-        prefix, _, name = key.rpartition("/")
-        if name.startswith("val_") and f"{prefix}/{name.removeprefix('val_')}" in others:
-            continue  # drawn together with its training metric
-        held_out = f"{prefix}/val_{name}"
-        pair = {key: "training", held_out: HELD_OUT} if held_out in others else {key: ""}
-        yield from _panel(runs, words(key), "%" if key.endswith(SHARES) else "", pair)
+    yield from _other_panels(runs, others)
     for title, unit, metrics in PANELS[1:]:
         yield from _panel(runs, title, unit, metrics)
+
+
+def _other_panels(runs: Sequence[Run], keys: list[str]) -> Iterator[Panel]:
+    """One for each metric, together with what was measured of it on held-out data."""
+    titles = [words(key) for key in keys]
+    for key, title in zip(keys, titles, strict=True):
+        prefix, _, name = key.rpartition("/")
+        if name.startswith("val_") and f"{prefix}/{name.removeprefix('val_')}" in keys:
+            continue
+        held_out = f"{prefix}/val_{name}"
+        pair = {key: "training", held_out: HELD_OUT} if held_out in keys else {key: ""}
+        where = f" ({prefix})" if titles.count(title) > 1 else ""
+        yield from _panel(runs, title + where, "%" if key.endswith(SHARES) else "", pair)
 
 
 def words(key: str) -> str:
@@ -223,8 +232,8 @@ def words(key: str) -> str:
     name = key.rpartition("/")[2]
     if name.startswith("val_"):
         name = f"{HELD_OUT} {name.removeprefix('val_')}"
-    name = name.replace("_frac", " share").replace("_", " ")
-    return name[:1].upper() + name[1:]
+    text = " ".join(SPELLED.get(word, word) for word in re.split("[_ ]", name))
+    return text[:1].upper() + text[1:]
 
 
 def _panel(
@@ -241,7 +250,7 @@ def _panel(
             rare = sparse or label == HELD_OUT or len(steps) <= 2
             curves.append(Curve(", ".join(names), number, style, steps, values, rare))
     if curves:
-        slug = title.lower().replace(",", "").replace(" ", "_")
+        slug = re.sub("[^a-z0-9]+", "_", title.lower()).strip("_")
         marks = list(_skips(runs)) if title == "Gradient norm" else []
         yield Panel(slug, title, unit, curves, marks)
 

@@ -10,13 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from data.chat import ChatTemplate, render
 from data.chat_loader import ChatLoader, choose_questions, held_out_batches
 from data.conversations import ChatDataConfig, ChatSource, Conversations, load_conversations
-from data.packing import IGNORE, Batch, best_fit
+from data.packing import IGNORE, Batch
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 from utils.config import ConfigError, validate
 
@@ -276,6 +274,17 @@ def test_held_out_batches_and_questions(load, tmp_path, tokenizer):
     assert len(conversations_of(held_out_batches([found], few, micro_batch=4))) == 1
 
 
+@pytest.mark.parametrize("seq_len", [8, 9, 10, 11, 12, 13, 14])
+def test_no_question_is_made_of_a_cut_answer(load, tmp_path, tokenizer, seq_len):
+    """Wherever two turns are cut, what is asked for is one of the two whole answers."""
+    turns = [
+        {"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, "1234", strict=True)
+    ]
+    found = load(write(tmp_path / "a.jsonl", [{"messages": turns}]), seq_len=seq_len)
+    for question in choose_questions([found], 1, tokenizer.eos_id, held_out=False):
+        assert tokenizer.decode(question.answer) in ("2", "4")
+
+
 def test_nothing_held_out_is_said(many):
     many.held_out[:] = False
     with pytest.raises(ConfigError, match="no held-out conversation"):
@@ -283,31 +292,7 @@ def test_nothing_held_out_is_said(many):
 
 
 # ---------------------------------------------------------------------------------------------
-# Packing and the loader
-
-
-@given(
-    lengths=st.lists(st.integers(1, 50), max_size=60),
-    seq_len=st.integers(50, 80),
-    most=st.integers(1, 9),
-)
-def test_best_fit_places_each_document_once_and_no_row_overflows(lengths, seq_len, most):
-    rows = best_fit(lengths, seq_len, most)
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in row) <= seq_len and len(row) <= most for row in rows)
-
-
-@given(lengths=st.lists(st.integers(1, 20), max_size=40))
-def test_best_fit_against_the_obvious(lengths):
-    """Looking through all rows for the one with the least room."""
-    rooms = []
-    for length in lengths:
-        fitting = [room for room in rooms if room >= length]
-        if fitting:
-            rooms.remove(min(fitting))
-        rooms.append(min(fitting, default=20) - length)
-    rows = best_fit(lengths, 20, max_documents=40)
-    assert sorted(rooms) == sorted(20 - sum(lengths[i] for i in row) for row in rows)
+# The loader
 
 
 def test_an_epoch_holds_every_conversation_once_and_whole(many):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.packing import IGNORE, Batch, RowPacker, cut_document, make_batch, pack_rows
+from data.packing import IGNORE, Batch, RowPacker, best_fit, cut_document, make_batch, pack_rows
 import itertools
 
 documents_strategy = st.lists(st.integers(1, 40), min_size=1, max_size=30)
@@ -91,3 +91,27 @@ def test_a_hand_packed_example():
     assert batch.cu_seqlens.tolist() == [0, 3, 4, 7, 8, 8, 8, 8, 8]
     assert batch.weight == 5
     assert batch.attended_pairs == 6 + 1 + 6
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), max_size=60),
+    seq_len=st.integers(50, 80),
+    most=st.integers(1, 9),
+)
+def test_best_fit_places_each_document_once_and_no_row_overflows(lengths, seq_len, most):
+    rows = best_fit(lengths, seq_len, most)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= seq_len and len(row) <= most for row in rows)
+
+
+@given(lengths=st.lists(st.integers(1, 20), max_size=40))
+def test_best_fit_against_the_obvious(lengths):
+    """Looking through all rows for the one with the least room."""
+    rooms = []
+    for length in lengths:
+        fitting = [room for room in rooms if room >= length]
+        if fitting:
+            rooms.remove(min(fitting))
+        rooms.append(min(fitting, default=20) - length)
+    rows = best_fit(lengths, 20, max_documents=40)
+    assert sorted(rooms) == sorted(20 - sum(lengths[i] for i in row) for row in rows)
