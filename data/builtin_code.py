@@ -196,15 +196,15 @@ print([<item> for <item> in <item_s> if is_<quality>(<item>)])
 
 def check_<amount>(<amount>):
     """Refuse <a_amount> that is not between <n> and <hundred>."""
-    if <field> < <n>:
-        raise <Module>Error("<field> is too small")
-    if <field> > <hundred>:
-        raise <Module>Error("<field> is too large")
-    return <field>
+    if <amount> < <n>:
+        raise <Module>Error("<amount> is too small")
+    if <amount> > <hundred>:
+        raise <Module>Error("<amount> is too large")
+    return <amount>
 
 
 try:
-    check_<field>(<grams>)
+    check_<amount>(<grams>)
 except <Module>Error as error:
     print(error)
 ''',

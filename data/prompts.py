@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+
 from data import builtin_tasks
 from data.chat import ChatTemplate, Message, check_messages, render_prompt, to_messages
 from data.records import Account, RecordSource, read_source, tell_account, usable_rows
@@ -32,6 +34,7 @@ SHAPES = (
     "prompt (text or messages), answer, verifier (or set the source's)",
     "question, answer, metadata: an entry of reasoning-gym",
 )
+BUILTIN_EXAMPLES = {"train": 8_000, "heldout": 500}
 MARKER = "####"
 CheckAnswer = Callable[[str, str], str | None]  # (verifier, answer) -> why it is of no use
 
@@ -147,7 +150,7 @@ def check_prompt(row: _Row, check_answer: CheckAnswer) -> str | None:
     messages = row.messages if isinstance(row.messages, list) else []
     if reason := check_messages([*messages, stand_in]):
         return reason
-    if row.answer is None or row.answer == "":
+    if row.answer is None or str(row.answer).strip() == "":
         return "answer missing"
     if not isinstance(row.answer, str):
         return "answer is not text"
@@ -223,7 +226,7 @@ def _load_source(
 ) -> tuple[list[Prompt], list[Prompt]]:
     """A source's prompts to train on, and those held out."""
     account, train, held_out = Account(), [], []
-    records = read_source(source, builtin_tasks.prompt, builtin_tasks.N_EXAMPLES)
+    records = read_source(source, builtin_tasks.prompt, BUILTIN_EXAMPLES)
     rows = usable_rows(
         source,
         records,
@@ -300,7 +303,7 @@ class PromptOrder:
         self.index += 1
         return int(self._order[self.index - 1])
 
-    def _of_epoch(self) -> Any:
+    def _of_epoch(self) -> np.ndarray:
         return shuffle_order(self._count, derive(self.seed, "prompts", self.epoch))
 
     def state_dict(self) -> dict:

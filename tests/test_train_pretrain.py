@@ -240,7 +240,7 @@ def test_kills_at_random_moments_of_the_copy(undisturbed, config, tmp_path, mirr
     """Each run is killed, its disk lost, and restored from whatever the mirror got; twice."""
     generator, where = random.Random(seed), f"train.mirror_dir={mirror}"
     for _ in range(2):
-        function = generator.choice(["_copy", "_copy_checkpoint", "os.fsync", "os.replace"])
+        function = generator.choice(["_copy", "os.fsync", "os.replace"])
         name = function if "." in function else f"utils.mirror.{function}"
         fault = Fault(name, generator.randint(1, 20))
         outcome = pretrain(config, where, "--resume", fault=fault)

@@ -155,7 +155,7 @@ def policy_loss(
         losses = losses * engine_weight(old_logp, engine_logp, config.engine_ratio_cap)
     if config.kl_weight:
         losses = losses + config.kl_weight * k3(logp, ref_logp)
-    return losses, token_metrics(logp, ratio, advantage, config, engine_logp, ref_logp, old_logp)
+    return losses, token_metrics(logp, old_logp, ratio, advantage, config, engine_logp, ref_logp)
 
 
 def clipped_loss(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
@@ -192,12 +192,12 @@ def engine_weight(old_logp: Tensor, engine_logp: Tensor, cap: float) -> Tensor:
 
 def token_metrics(
     logp: Tensor,
+    old_logp: Tensor,
     ratio: Tensor,
     advantage: Tensor,
     config: PolicyConfig,
     engine_logp: Tensor | None,
     ref_logp: Tensor | None,
-    old_logp: Tensor,
 ) -> dict[str, Tensor]:
     """Detached values (N,), in nats where they are of log-probabilities:
 

@@ -76,16 +76,19 @@ def _answer_number(answer: str) -> Decimal | None:
 
 
 def gsm8k(completion: str, answer: str) -> float:
+    """1 if the marked number is the answer's."""
     said = marked_number(completion)
     return float(said is not None and said == _answer_number(answer))
 
 
 def number(completion: str, answer: str) -> float:
+    """1 if the last number is the answer's."""
     said = last_number(completion)
     return float(said is not None and said == _answer_number(answer))
 
 
 def exact_match(completion: str, answer: str) -> float:
+    """1 if the text is the answer, white space around it aside."""
     return float(completion.strip() == answer.strip())
 
 

@@ -4,9 +4,9 @@ The kernel enforces everything; nothing depends on what the program does or leav
 
     file system   its own, read-only: the interpreter, its library and shared libraries, nothing
                   else; no /proc, no /dev, no place to write, no file of the caller, no environment
-    user          root's runs belong to `nobody`; others' to the caller in a user namespace of his.
-                  Every capability is dropped for good (no_new_privs), and with it the power of root
-                  to pass limits
+    user          root's runs belong to `nobody`, others' to the caller in a user namespace of their
+                  own. Every capability is dropped for good (no_new_privs), and with them root's
+                  power to pass limits
     processes     one, without threads: fork, clone and exec are refused (seccomp), so a limit on
                   the process is a limit on the run. It has a PID namespace of its own: it sees no
                   other process and can signal none. It dies with the caller
@@ -35,6 +35,7 @@ it with nothing.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -141,8 +142,9 @@ def run(program: str, tests: str = "", stdin: str = "", limits: Limits | None = 
 def start(program: str, packages: list[str], limits: Limits, root: Path) -> subprocess.Popen:
     """Start a trusted program that handles untrusted text and lives on: talk to it by its pipes.
 
-    Everything holds as for `run` but wall time and output, which are the caller's to watch; at the
-    end he calls `kill`. What one text does to the process the next ones may feel.
+    Everything holds as for `run` but wall time and output, which are the caller's to watch, and
+    `kill` ends it. It dies with the thread that starts it. What one text does to the process the
+    next ones may feel.
 
     Args:
         packages: directories that it may read, besides the standard library.
@@ -156,8 +158,9 @@ def start(program: str, packages: list[str], limits: Limits, root: Path) -> subp
         raise RuntimeError(f"the sandbox is unavailable: {reason}")
     job = _job(program, "", "", limits)
     process = _start(command, root, len(job), packages, subprocess.DEVNULL)
-    process.stdin.write(job)
-    process.stdin.flush()
+    with contextlib.suppress(BrokenPipeError):  # the caller will see that it is dead
+        process.stdin.write(job)
+        process.stdin.flush()
     return process
 
 

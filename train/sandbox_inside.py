@@ -29,9 +29,8 @@ INSTRUCTION = struct.Struct("HBBI")  # what, jump if true, jump if false, operan
 
 # AUDIT_ARCH_* and the place of its numbers in DENIED; from the kernel's unistd headers.
 MACHINES = {"x86_64": (0xC000_003E, 0), "aarch64": (0xC000_00B7, 1)}
-FIRST_NEW_CALL = (
-    424  # calls since Linux 5.1, numbered alike everywhere: io_uring, clone3, pidfd ...
-)
+# Calls since Linux 5.1 are numbered alike everywhere: pidfd_send_signal, io_uring_setup, clone3 ...
+FIRST_NEW_CALL = 424
 DENIED = {
     # processes and threads
     "fork": (57, None), "vfork": (58, None), "clone": (56, 220),

@@ -4,7 +4,8 @@ sympy, on which math-verify builds, can compute for ever on a short formula; a r
 can take exponential time; some of reasoning-gym's scorers hand the text to `eval`. So each runs in
 a process that lives on (importing sympy takes a second) and answers one question at a time. When an
 answer takes too long, or the process dies of it, the completion scores 0 and the process is
-replaced. There is no SIGALRM in this, so it works in any thread.
+replaced. There is no SIGALRM in this, so it works in any thread. The limit is wall time: on a
+machine under load an answer may score 0 that would otherwise have come just in time.
 
 The process is in the sandbox. Where there is none, it is a plain one with a limit on its memory,
 but not for a library that evaluates the text as code: that is refused.
@@ -14,6 +15,7 @@ Left out: several processes for each verifier; a math answer takes 1 to 20 ms.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -63,23 +65,32 @@ class Scorer:
 
     def __call__(self, completion: str, answer: str) -> float:
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._start()
-            line = self._ask([completion, answer], self.answer_s)
-            if line is None:
-                self.close()
-                return 0.0
-        score = json.loads(line)
+            line = self._ask_twice([completion, answer])
+        score = json.loads(line or b"0.0")
         return min(max(score, 0.0), 1.0) if math.isfinite(score) else 0.0
 
     def close(self) -> None:
         """End the process; the next call starts another."""
         if self._process is not None:
             sandbox.kill(self._process)
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # of what it never read
+                self._process.stdin.close()
             self._process.stdout.close()
             self._folder.cleanup()
             self._process = None
+
+    def _ask_twice(self, question: list[str]) -> bytes | None:
+        """Ask, and again if the process died: it may have done so with the thread it came from."""
+        for _ in range(2):
+            if self._process is None or self._process.poll() is not None:
+                self._start()
+            line = self._ask(question, self.answer_s)
+            if line:
+                return line
+            self.close()
+            if line is None:
+                break
+        return None
 
     def _start(self) -> None:
         self.close()
@@ -96,13 +107,14 @@ class Scorer:
             raise ConfigError(f"verifier '{self.name}' does not start: {problem}")
 
     def _ask(self, message: list, seconds: float) -> bytes | None:
-        """The line that comes in answer to a message; None if none comes in time."""
+        """The line that comes in answer to a message; None if none comes in time, b"" if the
+        process has died."""
         deadline = time.monotonic() + seconds
         try:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            return None
+            return b""
         line = b""
         with selectors.DefaultSelector() as ready:
             ready.register(self._process.stdout, selectors.EVENT_READ)
@@ -111,7 +123,7 @@ class Scorer:
                     return None
                 chunk = os.read(self._process.stdout.fileno(), 1 << 12)
                 if not chunk:
-                    return None
+                    return b""
                 line += chunk
         return line
 

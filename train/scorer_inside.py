@@ -8,7 +8,7 @@ import contextlib
 import json
 import re
 import sys
-from types import ModuleType
+from unittest.mock import MagicMock
 
 
 def score_math(completion: str, answer: str) -> float:
@@ -33,6 +33,7 @@ def score_reasoning_gym(completion: str, answer: str) -> float:
     """The task's own score, from 0 to 1; `answer` is the task's entry as JSON.
 
     What stands in the last `<answer>` tags is judged, or the whole completion if there are none.
+    Two tasks, arc_agi and rearc, compare tuples, which JSON has not: their answers score 0.05.
     """
     import reasoning_gym
 
@@ -45,6 +46,16 @@ def score_reasoning_gym(completion: str, answer: str) -> float:
 SCORERS = {"math": score_math, "regex": score_regex, "reasoning_gym": score_reasoning_gym}
 PACKAGES = {"math": "math_verify", "reasoning_gym": "reasoning_gym"}
 
+# reasoning-gym imports plotting code, which wants threads and a place to write; no scorer draws.
+PLOTS = (
+    "matplotlib",
+    "matplotlib.animation",
+    "matplotlib.collections",
+    "matplotlib.pyplot",
+    "mpl_toolkits",
+    "mpl_toolkits.mplot3d",
+)
+
 
 def serve() -> None:
     """Read a line [paths, verifier]; answer with null, or why it cannot be served. Then read lines
@@ -55,8 +66,7 @@ def serve() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     paths, name = json.loads(sys.stdin.readline())
     sys.path += paths
-    for plots in ("matplotlib", "matplotlib.pyplot", "matplotlib.animation"):
-        sys.modules[plots] = ModuleType(plots)  # it wants threads and a place to write; none draws
+    sys.modules.update({plots: MagicMock() for plots in PLOTS})
     problem = None
     try:
         __import__(PACKAGES.get(name, "re"))

@@ -172,11 +172,15 @@ class Stability:
             self.cut_until = step + config.cut_steps
 
     def rolled_back(self, earlier: dict[str, Any] | None, span: list[int]) -> None:
-        """Take the window of the checkpoint gone back to; what was counted stays counted."""
-        device = self.device_state["in_row"].device
+        """Take the window of the checkpoint gone back to; what was counted stays counted.
+
+        A cut goes on from there. Without a checkpoint (None) only the row of skipped steps ends.
+        """
         if earlier is not None:
+            device = self.device_state["in_row"].device
             self.device_state = {k: v.to(device) for k, v in earlier["device_state"].items()}
             self.skipped_spans.append(span)
+            self.cut_until = min(self.cut_until, span[0] + self.config.cut_steps)
         for key in ("in_row", "calm"):
             self.device_state[key] = torch.zeros_like(self.device_state[key])
         self.rollbacks_in_row += 1
@@ -224,5 +228,4 @@ def roll_back(
 
 
 def _saved_in_calm(state: dict) -> bool:
-    device_state = state["stability"]["device_state"]
-    return not device_state or device_state["in_row"].item() == 0
+    return state["stability"]["device_state"]["in_row"].item() == 0

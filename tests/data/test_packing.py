@@ -1,12 +1,13 @@
 """Packing against the obvious: every target once, no document sees or predicts another."""
 
+import itertools
+
 import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data.packing import IGNORE, Batch, RowPacker, best_fit, cut_document, make_batch, pack_rows
-import itertools
 
 documents_strategy = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 shapes = {"seq_len": st.integers(2, 16), "max_documents": st.integers(1, 6)}

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import builtin_tasks
 from data.chat import ChatTemplate, render, render_prompt
 from data.prompts import (
+    BUILTIN_EXAMPLES,
     PromptDataConfig,
     PromptOrder,
     Prompts,
@@ -99,7 +99,7 @@ def test_prompt_is_the_beginning_of_its_conversation(tokenizer: Tokenizer, tmp_p
 
 def test_builtin_prompts_keep_their_split(tokenizer: Tokenizer) -> None:
     prompts = load(tokenizer, {"path": "builtin:prompts"}, held_out_prompts=10_000)
-    assert len(prompts.held_out) == builtin_tasks.N_EXAMPLES["heldout"]
+    assert len(prompts.held_out) == BUILTIN_EXAMPLES["heldout"]
     assert prompts.verifiers == ["number"]
     trained = {asked_text(p.messages) for p in prompts.train}
     assert not trained & {asked_text(p.messages) for p in prompts.held_out}
@@ -183,7 +183,7 @@ BAD = [
 
 @pytest.mark.parametrize(("record", "reason"), BAD)
 def test_bad_rows_end_the_run_or_are_counted(
-    record: object, reason: str, tokenizer: Tokenizer, tmp_path: Path, caplog, capfd
+    record: object, reason: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "a.jsonl", [gsm8k(1), record, gsm8k(2)])
     source = {"path": str(path), "use": "train"}

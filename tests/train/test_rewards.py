@@ -181,6 +181,19 @@ def test_math_in_many_threads() -> None:
     assert rewards == [0, 0, 0, 1, 0, 0, 0, 0]
 
 
+def test_scorer_outlives_the_thread_that_started_it() -> None:
+    """Its process may not (it dies with its parent thread); the question is then asked again."""
+    judge = Scorer("regex")
+    thread = threading.Thread(target=judge, args=("a", "a"))
+    thread.start()
+    thread.join()
+    assert [judge("a", "a") for _ in range(20)] == [1.0] * 20
+    judge._process.kill()
+    judge._process.poll = lambda: None  # killed between the look and the question
+    assert judge("a" * 10_000, "a*") == 1
+    judge.close()
+
+
 def test_scorer_without_a_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
     """What evaluates text is refused; the rest runs in a plain process, timeouts as ever."""
     monkeypatch.setattr(sandbox, "unavailable", lambda: "no namespaces")

@@ -195,6 +195,7 @@ def test_a_rollback_goes_past_the_span_and_no_step_is_logged_twice(tmp_path):
     ((back_to, reached),) = run.training.stability.skipped_spans
     assert back_to == 100
     assert reached in (118, 120)
+    assert run.training.stability.cut_until == back_to + QUICK.cut_steps
     steps = [m["step"] for m in read_metrics(tmp_path / "run/metrics.jsonl") if "train/loss" in m]
     assert steps == sorted(set(steps))
     assert run.training.loader.draw == STEPS + reached - back_to
