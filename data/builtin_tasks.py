@@ -124,8 +124,8 @@ def _talk(draw: Draw, split: str) -> Task:
 
 
 _MAKERS: dict[str, tuple[float, Callable[[Draw, str], Task]]] = {
-    "add": (0.15, _add),
-    "subtract": (0.21, _subtract),
+    "add": (0.19, _add),
+    "subtract": (0.17, _subtract),
     "reverse": (0.09, _reverse),
     "first": (0.07, _first),
     "last": (0.07, _last),

@@ -10,7 +10,7 @@ from data import builtin_tasks as tasks
 from data.builtin_math import split_of, sum_split
 
 N = 3_000
-GOLDEN = {"chat": "c10ac2365a02", "preference": "e0aad853f1c0", "prompt": "e86b11e5909f"}
+GOLDEN = {"chat": "205881dfc9ab", "preference": "3e523b78a995", "prompt": "b6d231501172"}
 
 
 def right_answer(prompt: str) -> str | None:

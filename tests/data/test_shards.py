@@ -1,5 +1,6 @@
 """Shards are made once, the same whatever happens, and mended alone when lost."""
 
+import itertools
 import json
 import os
 import signal
@@ -12,7 +13,6 @@ from data.shards import ShardStore, is_held_out
 from data.sources import SourceConfig
 from data.tokenizer import TokenizerConfig, train_tokenizer
 from utils.config import ConfigError
-import itertools
 
 TEXTS = [f"Document {i} says {'la ' * (i % 40)}and ends." for i in range(400)]
 TOKENIZER = train_tokenizer(TEXTS, TokenizerConfig(vocab_size=300))
