@@ -238,8 +238,9 @@ def compare(folder: Path, state: dict[str, Any]) -> str:
 
     logging.disable_progress_bar()
     compare_tokens(AutoTokenizer.from_pretrained(folder), state)
-    model = Transformer(ModelConfig(**state["model_config"]))
-    model.load_state_dict(state["model"])
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(**state["model_config"]))
+    model.load_state_dict(state["model"], assign=True)  # no second copy of the weights
     tokens = random_tokens(model.config)
     expected = logits(model, tokens)
     exported = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")

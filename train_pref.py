@@ -91,6 +91,11 @@ class PrefConfig(Config):
 
     def problems(self) -> Iterator[Problem]:
         yield from setup.shape_problems(self.train, self.data.seq_len, self.model)
+        if self.train.z_loss:
+            yield Problem(
+                ("train.z_loss",),
+                f"train.z_loss ({self.train.z_loss}) is no part of a preference loss; set it to 0",
+            )
 
 
 def main(argv: list[str]) -> None:

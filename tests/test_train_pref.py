@@ -212,6 +212,12 @@ def test_a_verifier_learns_to_score(config, base, tmp_path):
     assert head["deviation"] > 0.1
     assert abs(head["mean"]) < 10 * head["deviation"]
     Verifier(ModelConfig(**SHAPE)).load_state_dict(state["model"])
+    refused = run(
+        "inference", "--checkpoint", folder / "verifier_final.pt", "--prompt", "a",
+        log=tmp_path / "log",
+    )  # fmt: skip
+    assert refused.code == 2
+    assert "scores answers and writes none" in refused.err
     assert "is of stage 'verifier'" in pref(
         config, "--base-model", folder / "verifier_final.pt", "name=other"
     ).err  # fmt: skip
@@ -244,6 +250,7 @@ def test_a_base_model_that_does_not_fit_is_refused(config, base, tmp_path):
     given = ("--base-model", base)
     assert "--base-model is missing: this stage starts from a sft or pref" in refusal()
     assert "d_ffn: 96 in the config" in refusal(*given, "model.d_ffn=96")
+    assert "train.z_loss (0.1) is no part" in refusal(*given, "train.z_loss=0.1")
     change(base, chat_template=None)
     assert "has no chat template" in refusal(*given)
     change(base, stage="pretrain")

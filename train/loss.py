@@ -23,9 +23,11 @@ from data.packing import IGNORE, Batch
 from models.config import HEAD_CHUNK_TOKENS
 from models.transformer import Transformer
 
+CPU_CHUNK_TOKENS = 256  # a few MB of logits, which stay in the cache: 2-3 times as fast as 4,096
+
 
 def token_logprobs(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk_tokens: int = HEAD_CHUNK_TOKENS
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, chunk_tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Each target's log-probability, and log Z; both differentiable, both 0 where ignored.
 
@@ -36,11 +38,13 @@ def token_logprobs(
         hidden: (N, C).
         head_weight: (V, C), float32.
         targets: (N,) int64, -100 to ignore.
-        chunk_tokens: how many rows of logits exist at once.
+        chunk_tokens: how many rows of logits exist at once; None: as many as suit the device.
 
     Returns:
         Two (N,) tensors in the weight's dtype.
     """
+    if chunk_tokens is None:
+        chunk_tokens = HEAD_CHUNK_TOKENS if hidden.is_cuda else CPU_CHUNK_TOKENS
     return _TokenLogprobs.apply(hidden, head_weight, targets, chunk_tokens)
 
 
