@@ -119,7 +119,7 @@ def main(argv: list[str]) -> None:
     model = setup.build_model(config.model, config.runtime, dist, kind)
     model.load_state_dict(model.state_dict() | base["model"])  # a new head stays as drawn
     reference = find_reference(args, config, model, pairs, state, dist)
-    loader, held_out = make_batches(config, pairs, reference.logp, dist)
+    loader = make_loader(config, pairs, reference.logp, dist)
     asked = [] if is_verifier else choose_questions(pairs, config.eval.questions, tokenizer.eos_id)
 
     optimizer = make_optimizer(model.named_parameters(), config.optim)
@@ -142,6 +142,8 @@ def main(argv: list[str]) -> None:
         },
     )
     setup.restore(training, state)
+    rows = config.train.micro_batch
+    held_out = held_out_batches(pairs, reference.logp, config.data, rows, dist.world_size)
 
     loss_fn = partial(preference_loss, config=config.preference, reference=reference.model)
     if is_verifier:
@@ -233,23 +235,22 @@ def load_reference(
     return reference.eval().requires_grad_(False)
 
 
-def make_batches(
+def make_loader(
     config: PrefConfig, pairs: Pairs, reference: Tensor | None, dist: Distributed
-) -> tuple[PairLoader, list[PairBatch]]:
-    """The batches to train on, and those held out."""
-    micro_batch = config.train.micro_batch
+) -> PairLoader:
+    """The loader of this rank's batches, described in the log."""
     loader = PairLoader(
         pairs,
         reference,
         config.data,
         config.seed,
         rows_per_step=config.train.batch_tokens // config.data.seq_len,
-        micro_batch=micro_batch,
+        micro_batch=config.train.micro_batch,
         rank=dist.rank,
         world_size=dist.world_size,
     )
     get_logger().info(str(loader))
-    return loader, held_out_batches(pairs, reference, config.data, micro_batch, dist.world_size)
+    return loader
 
 
 def measure(

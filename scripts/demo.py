@@ -28,7 +28,7 @@ SAMPLES = (
 
 
 def main() -> int:
-    # Threads that wait should sleep: spinning ones take the cores from each other on a busy machine.
+    # Threads that wait should sleep: spinning ones take the cores from each other when it is busy.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     for command in (*STAGES, *SAMPLES):
         print(f"\n$ python {command}", flush=True)

@@ -178,6 +178,15 @@ def test_a_live_reference_must_stay_the_same(config, base, tmp_path):
     assert "is not the model that this run started from" in pref(*live, "--base-model", base).err
 
 
+def test_other_pairs_are_refused_on_resume(config, base, tmp_path):
+    pref(config, "--base-model", base, fault=Fault("train.loop.train_step", 12))
+    with (tmp_path / "pairs.jsonl").open("a") as file:
+        file.writelines(json.dumps(pair(i)) + "\n" for i in range(120, 200))
+    outcome = pref(config, "--resume")
+    assert outcome.code == 2
+    assert "the pairs are not those of the checkpoint" in outcome.err
+
+
 def test_micro_batches_do_not_change_the_result(undisturbed, config, base, tmp_path):
     succeed(config, "--base-model", base, "train.micro_batch=2")
     for line, other in zip(
