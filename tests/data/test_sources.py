@@ -6,7 +6,6 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
 
 from data.sources import SourceConfig, list_files, read_rows
 from utils.config import ConfigError
@@ -23,11 +22,9 @@ def write(path, rows=ROWS, field="text"):
         pq.write_table(pa.table({field: rows, "id": range(len(rows))}), path, row_group_size=300)
         return path
     data = "".join(json.dumps({field: r}) + "\n" for r in rows).encode()
-    if path.suffix == ".gz":
-        data = gzip.compress(data)
-    if path.suffix == ".zst":
-        data = zstandard.compress(data)
-    path.write_bytes(data)
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    with pa.output_stream(str(path), compression=compression) as stream:
+        stream.write(data)
     return path
 
 
