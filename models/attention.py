@@ -16,6 +16,9 @@ would be rebuilt in each layer, and a data-dependent shape would compile anew fo
 Grouped queries: Ainslie et al. 2023. Left out: dropout, sliding windows, paged caches.
 """
 
+from __future__ import annotations
+
+import copy
 import functools
 import importlib
 import inspect
@@ -367,13 +370,29 @@ class KVCache:
         self.values = torch.zeros_like(self.keys)
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)  # (S,) tokens held
         self.slots = torch.arange(slots, device=device)
+        self.holds_all = True
+
+    def at(self, slots: Tensor) -> KVCache:
+        """The same memory, of which only `slots` (n,) are written and looked at."""
+        view = copy.copy(self)
+        view.slots, view.holds_all = slots, False
+        return view
 
     def store(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k and v (S, T, K, D) at `positions` (S, T); returns the layer's (S, L, K, D)."""
         keys, values = self.keys[layer], self.values[layer]
         keys[self.slots[:, None], positions] = k
         values[self.slots[:, None], positions] = v
-        return keys, values
+        if self.holds_all:
+            return keys, values
+        return keys[self.slots], values[self.slots]
+
+    def copy(self, source: Tensor, target: Tensor, length: int) -> None:
+        """Slots `target` (n,) get the first `length` tokens of slots `source` (n,)."""
+        if torch.equal(source, target):
+            return
+        for kept in (self.keys, self.values):
+            kept[:, target, :length] = kept[:, source, :length]
 
     def mask(self, positions: Tensor) -> DocumentMask:
         """A query at some position sees its slot up to there, itself included."""

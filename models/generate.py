@@ -1,24 +1,308 @@
-"""Text generation: one pass over the prompts, then token by token from the key-value cache.
+"""The generation engine: one pass over each prompt, then token by token from a key-value cache.
 
-Prompts of any lengths share a batch: they are filled up on the right, and each goes on from its own
-end, so that its first new token overwrites the filling.
+    requests --> free slots --> prefill --> decode, decode, decode ... --> completions
+                     ^                          |
+                     +------ slot is free <-----+ a sequence has ended
 
-Sampling is a pure function of (logits, seed, position). The random number comes from a hash of the
-sequence's seed and the token's position (Salmon et al. 2011, "as easy as 1, 2, 3"), not from a
-generator with a state: what a sequence draws does not depend on what else is in the batch, and a
-continuation draws what the uninterrupted run would have. Probabilities become integers before they
-are summed, because integer sums are the same on every device and in any order.
+The cache has a fixed number of slots. A sequence that ends gives its slot to the next request at
+once (continuous batching: Orca, Yu et al. 2022), so short answers never wait for long ones. Prompts
+of a group that are the same are computed once.
 
-Left out: beam search, repetition penalties.
+Where the numbers come from is the decoder's business (`Decoder` here, on any device;
+`models.decode_cuda` on NVIDIA GPUs, where a step is one captured graph). On a GPU the host reads a
+step's tokens while the next step runs: a sequence may run one step past its end, and that token is
+dropped. What is sampled is a function of the logits, the sequence's seed and the position alone
+(`models.sampling`).
+
+Left out: paged caches, sharing of prompts that begin alike, speculative decoding.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from models.attention import KVCache
+from models.sampling import Sampling, sample
 from models.transformer import Transformer
+
+StopWhen = Callable[[list[int]], bool]
+DEFAULT_SLOTS = 64
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to continue.
+
+    Attributes:
+        max_new_tokens: the end of the context may come before.
+        seed: with it, the same prompt gets the same completion, whatever else is in the batch.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    seed: int = 0
+
+
+@dataclass
+class Completion:
+    """What a request has got so far.
+
+    Attributes:
+        index: the request's number, from 0.
+        tokens: those sampled, the stop token included.
+        logprobs: of each, as `sample` gives them.
+        stopped: ended by a stop token or `stop_when`, and not by its length.
+    """
+
+    index: int
+    request: Request
+    room: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stopped: bool = False
+    done: bool = False
+    ends_with_stop_token: bool = False
+
+    @property
+    def answer(self) -> list[int]:
+        """The tokens without the stop token."""
+        return self.tokens[:-1] if self.ends_with_stop_token else self.tokens
+
+
+@dataclass
+class _Step:
+    """Tokens that have been sampled, perhaps not yet on the host."""
+
+    owners: list[tuple[int, Completion]]  # the row of `sampled`, and whose it is
+    sampled: Tensor  # (2, rows) float64: tokens and log-probabilities
+    ready: torch.cuda.Event | None
+
+    def read(self) -> Iterator[tuple[Completion, int, float]]:
+        if self.ready is not None:
+            self.ready.synchronize()
+        tokens, logprobs = self.sampled.tolist()
+        for row, completion in self.owners:
+            yield completion, int(tokens[row]), logprobs[row]
+
+
+class Engine:
+    """Continues prompts with one model and one way of sampling.
+
+    Args:
+        slots: how many sequences run at once.
+        capacity: tokens that a slot holds, prompt and completion; None: the model's context.
+        stop_ids: tokens that end a sequence.
+        stop_when: told the tokens of a completion after each one; True ends it.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        slots: int = DEFAULT_SLOTS,
+        capacity: int | None = None,
+        *,
+        sampling: Sampling | None = None,
+        stop_ids: Collection[int] = (),
+        stop_when: StopWhen | None = None,
+    ) -> None:
+        self.sampling = sampling or Sampling()
+        self.stop_ids = frozenset(stop_ids)
+        self.stop_when = stop_when
+        self.context = model.config.max_seq_len
+        self.capacity = min(capacity or self.context, self.context)
+        self.decoder = make_decoder(model, slots, self.capacity, self.sampling)
+        self.running: dict[int, Completion] = {}  # slot -> whose it is
+        self.free = list(range(slots))[::-1]
+
+    def refresh(self) -> None:
+        """Takes over the model's weights as they are now; needed after they have changed."""
+        self.decoder.refresh()
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Completions, each as soon as it is done.
+
+        Raises:
+            ValueError: a prompt is empty or leaves no room.
+        """
+        for updated in self.steps(requests):
+            yield from (completion for completion in updated if completion.done)
+
+    @torch.no_grad()
+    def steps(self, requests: Iterable[Request]) -> Iterator[list[Completion]]:
+        """After each step, the completions that have a new token or are done."""
+        waiting = enumerate(requests)
+        unread: deque[_Step] = deque()
+        try:
+            while True:
+                empty = self._fill(waiting, unread)
+                if empty:
+                    yield empty
+                if self.running:
+                    unread.append(self._launch())
+                if not (unread or empty):
+                    return
+                while len(unread) > (self.decoder.lag if self.running else 0):
+                    yield self._take(unread.popleft())
+        finally:
+            self._release(list(self.running))
+
+    def _fill(self, waiting: Iterator, unread: deque[_Step]) -> list[Completion]:
+        """Gives free slots to requests and computes their prompts; returns those with no room."""
+        few = self.running and len(self.free) < self.decoder.least_refill
+        if few or not self.free:
+            return []
+        empty, started = [], {}
+        for index, request in islice(waiting, len(self.free)):
+            completion = Completion(index, request, self._room(index, request))
+            if completion.room == 0:
+                completion.done = True
+                empty.append(completion)
+            else:
+                started[self.free.pop()] = completion
+        if started:
+            self.running |= started
+            requests = [completion.request for completion in started.values()]
+            sampled, ready = self.decoder.prefill(list(started), requests)
+            owners = list(enumerate(started.values()))
+            unread.append(_Step(owners, sampled, ready))
+        return empty
+
+    def _room(self, index: int, request: Request) -> int:
+        length = len(request.prompt)
+        if not 0 < length < self.context or length > self.capacity:
+            raise ValueError(
+                f"prompt {index} has {length:,} tokens; it must have at least 1 and leave room in "
+                f"the model's context of {self.context:,}: shorten it"
+            )
+        return min(request.max_new_tokens, self.capacity - length)
+
+    def _launch(self) -> _Step:
+        owners = list(self.running.items())
+        return _Step(owners, *self.decoder.step())
+
+    def _take(self, step: _Step) -> list[Completion]:
+        """Hands a step's tokens to their owners, and frees the slots of those that are done."""
+        updated = []
+        for completion, token, logprob in step.read():
+            if completion.done:
+                continue  # it ran on until the host knew
+            completion.tokens.append(token)
+            completion.logprobs.append(logprob)
+            completion.ends_with_stop_token = token in self.stop_ids
+            completion.stopped = completion.ends_with_stop_token or bool(
+                self.stop_when and self.stop_when(completion.tokens)
+            )
+            completion.done = completion.stopped or len(completion.tokens) == completion.room
+            updated.append(completion)
+        self._release([slot for slot, completion in self.running.items() if completion.done])
+        return updated
+
+    def _release(self, slots: list[int]) -> None:
+        for slot in slots:
+            del self.running[slot]
+        self.free += slots
+        if slots:
+            self.decoder.release(slots)
+
+
+def make_decoder(
+    model: Transformer, slots: int, capacity: int, sampling: Sampling
+) -> Decoder | CudaDecoder:  # noqa: F821
+    """The fastest decoder that runs here."""
+    if model.device.type == "cuda":
+        from models.decode_cuda import CudaDecoder, obstacle
+
+        if obstacle(model) is None:
+            return CudaDecoder(model, slots, capacity, sampling)
+    return Decoder(model, slots, capacity, sampling)
+
+
+class Decoder:
+    """Prompts into slots, and one token more for every slot, by the model's own forward pass.
+
+    Works on every device. All slots take part in every step, those that are free as well: their
+    tokens are never looked at.
+    """
+
+    lag = 0  # steps that the host may be behind
+    least_refill = 1  # free slots that are worth a prefill while others run
+
+    def __init__(self, model: Transformer, slots: int, capacity: int, sampling: Sampling) -> None:
+        self.model = model
+        self.sampling = sampling
+        self.cache = KVCache(model.config, slots, capacity, model.dtype, model.device)
+        self.tokens = torch.zeros(slots, dtype=torch.int64, device=model.device)
+        self.seeds = torch.zeros_like(self.tokens)
+        penalised = sampling.repetition_penalty != 1
+        shape = (slots, model.config.vocab_size)
+        self.seen = torch.zeros(shape, dtype=torch.bool, device=model.device) if penalised else None
+
+    def refresh(self) -> None:
+        """Nothing: the model itself is used."""
+
+    def prefill(self, slots: list[int], requests: list[Request]) -> tuple[Tensor, None]:
+        """Puts the prompts into the cache's slots and samples the first token of each."""
+        unique: dict[tuple[int, ...], int] = {}
+        numbers = [unique.setdefault(tuple(r.prompt), len(unique)) for r in requests]
+        device = self.model.device
+        prompt_of = torch.tensor(numbers, device=device)
+        first = [slots[numbers.index(number)] for number in range(len(unique))]
+        hidden = self._extend_prompts(list(unique), torch.tensor(first, device=device))
+        place = torch.tensor(slots, device=device)
+        lengths = torch.tensor([len(r.prompt) for r in requests], device=device)
+        self.cache.copy(torch.tensor(first, device=device)[prompt_of], place, int(lengths.max()))
+        self.cache.lengths[place] = lengths
+        self.seeds[place] = torch.tensor([r.seed for r in requests], device=device)
+        if self.seen is not None:
+            for slot, request in zip(slots, requests, strict=True):
+                self.seen[slot] = False
+                self.seen[slot, list(request.prompt)] = True
+        return self._sample(hidden[prompt_of], place), None
+
+    def step(self) -> tuple[Tensor, None]:
+        """The next token of every slot."""
+        cache = self.cache
+        positions = cache.lengths.clamp(max=cache.keys.shape[2] - 1)[:, None]  # (S, 1)
+        hidden = self.model.extend(self.tokens[:, None], positions, cache)[:, 0]  # (S, C)
+        cache.lengths += 1
+        return self._sample(hidden, cache.slots), None
+
+    def release(self, slots: list[int]) -> None:
+        """Nothing needs to be cleared: a slot begins again at position 0."""
+
+    def _extend_prompts(self, prompts: list[tuple[int, ...]], slots: Tensor) -> Tensor:
+        """Computes prompts, filled up on the right; hidden state (n, C) of each one's last token.
+
+        A slot's first new token overwrites the filling.
+        """
+        longest = max(map(len, prompts))
+        filled = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
+        tokens = torch.tensor(filled, device=self.model.device)  # (n, T)
+        positions = torch.arange(longest, device=self.model.device).expand_as(tokens)
+        hidden = self.model.extend(tokens, positions, self.cache.at(slots))  # (n, T, C)
+        ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.model.device)
+        return hidden[torch.arange(len(prompts), device=self.model.device), ends]
+
+    def _sample(self, hidden: Tensor, slots: Tensor) -> Tensor:
+        """Samples and keeps the next token of `slots`; (2, n) float64 tokens and logprobs."""
+        seen = None if self.seen is None else self.seen[slots]
+        logits = self.model.logits(hidden)  # (n, V)
+        positions = self.cache.lengths[slots]
+        tokens, logprobs = sample(logits, self.seeds[slots], positions, self.sampling, seen)
+        self.tokens[slots] = tokens
+        if self.seen is not None:
+            self.seen[slots, tokens] = True
+        return torch.stack([tokens.double(), logprobs.double()])
+
+
+# ---------------------------------------------------------------------------------------------
+# Without an engine to keep
 
 
 def generate(
@@ -26,20 +310,18 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
     stop_ids: Collection[int] = (),
+    stop_when: StopWhen | None = None,
     seed: int | Sequence[int] = 0,
+    slots: int = DEFAULT_SLOTS,
+    **sampling: float,
 ) -> list[list[int]]:
-    """Continues each prompt until a stop id, `max_new_tokens` or the context's end.
+    """Continues each prompt until a stop token, `max_new_tokens` or the context's end.
 
     Args:
-        temperature: 0 takes the likeliest token.
-        top_k: samples among so many likeliest tokens; 0: all.
-        top_p: samples among the likeliest tokens that together reach this probability.
         stop_ids: tokens that end a sequence and are not part of it.
         seed: one for each prompt; an int s stands for s, s + 1, s + 2 ...
+        sampling: the settings of `Sampling`.
 
     Returns:
         The new tokens of each prompt.
@@ -48,11 +330,25 @@ def generate(
         ValueError: an empty prompt, one that leaves no room, or a setting out of range.
     """
     seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each")
+    settings = Sampling(**sampling)
+    if not prompts:
+        return []
+    engine = Engine(
+        model,
+        min(slots, len(prompts)),
+        max(map(len, prompts)) + max_new_tokens,
+        sampling=settings,
+        stop_ids=stop_ids,
+        stop_when=stop_when,
+    )
+    requests = (
+        Request(prompt, max_new_tokens, s) for prompt, s in zip(prompts, seeds, strict=True)
+    )
     completions: list[list[int]] = [[] for _ in prompts]
-    for step in _steps(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_ids, seeds):
-        for completion, token in zip(completions, step, strict=True):
-            if token is not None:
-                completion.append(token)
+    for completion in engine.run(requests):
+        completions[completion.index] = completion.answer
     return completions
 
 
@@ -61,155 +357,22 @@ def stream(
     prompt: Sequence[int],
     max_new_tokens: int,
     *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
     stop_ids: Collection[int] = (),
+    stop_when: StopWhen | None = None,
     seed: int = 0,
+    **sampling: float,
 ) -> Iterator[int]:
     """The tokens that `generate` would give this one prompt, each as soon as it is there."""
-    for (token,) in _steps(
-        model, [prompt], max_new_tokens, temperature, top_k, top_p, stop_ids, [seed]
-    ):
-        if token is not None:
-            yield token
-
-
-@torch.no_grad()
-def _steps(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    stop_ids: Collection[int],
-    seeds: Sequence[int],
-) -> Iterator[list[int | None]]:
-    """Yields the next token of every prompt, None for those that have ended, until all have."""
-    _check(prompts, model.config.max_seq_len, temperature, top_k, top_p, seeds)
-    if not prompts:
-        return
-    rooms = [min(max_new_tokens, model.config.max_seq_len - len(prompt)) for prompt in prompts]
-    capacity = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True))
-    cache = KVCache(model.config, len(prompts), capacity, model.dtype, model.device)
-    seeds_on_device = torch.tensor(seeds, device=model.device)
-    alive = [True] * len(prompts)
-    hidden = _prefill(model, prompts, cache)  # (S, C)
-    for step in range(max(rooms)):
-        logits = model.logits(hidden)  # (S, V)
-        tokens = sample(logits, seeds_on_device, cache.lengths, temperature, top_k, top_p)
-        new = tokens.tolist()
-        alive = [
-            still and step < room and token not in stop_ids
-            for still, room, token in zip(alive, rooms, new, strict=True)
-        ]
-        if not any(alive):
-            return
-        yield [token if still else None for token, still in zip(new, alive, strict=True)]
-        if step + 1 < max(rooms):  # ended sequences run on, in place, until the last one ends
-            positions = cache.lengths.clamp(max=capacity - 1)[:, None]  # (S, 1)
-            hidden = model.extend(tokens[:, None], positions, cache)[:, 0]
-            cache.lengths += 1
-
-
-def _prefill(model: Transformer, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-    """Puts the prompts into the cache; returns the hidden state (S, C) of each one's last token."""
-    longest = max(map(len, prompts))
-    filled = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
-    tokens = torch.tensor(filled, device=model.device)  # (S, T)
-    positions = torch.arange(longest, device=model.device).expand_as(tokens)
-    hidden = model.extend(tokens, positions, cache)  # (S, T, C)
-    cache.lengths.copy_(torch.tensor([len(prompt) for prompt in prompts]))
-    return hidden[cache.slots, cache.lengths - 1]
-
-
-def _check(
-    prompts: Sequence[Sequence[int]],
-    max_seq_len: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seeds: Sequence[int],
-) -> None:
-    for i, prompt in enumerate(prompts):
-        if not 0 < len(prompt) < max_seq_len:
-            raise ValueError(
-                f"prompt {i} has {len(prompt):,} tokens; it must have at least 1 and leave room in "
-                f"the model's context of {max_seq_len:,}: shorten it"
-            )
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(
-            f"temperature ({temperature}) and top_k ({top_k}) must be at least 0, "
-            f"top_p ({top_p}) above 0 and at most 1"
-        )
-    if len(seeds) != len(prompts):
-        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each")
-
-
-# ---------------------------------------------------------------------------------------------
-# Sampling
-
-PROBABILITY_ONE = 2**32  # what is less likely than 2e-10 is never drawn
-RANDOM_BITS = 30  # the product of the two fits into an int64
-
-
-def sample(
-    logits: Tensor, seeds: Tensor, positions: Tensor, temperature: float, top_k: int, top_p: float
-) -> Tensor:
-    """One token for each row of `logits` (S, V); `seeds` and `positions` (S,) fix the draw.
-
-    Args:
-        positions: how many tokens the sequence has already.
-
-    Returns:
-        (S,) int64.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    weights = (logits.softmax(-1) * PROBABILITY_ONE).long()
-    if top_k:
-        weights = _keep_top_k(weights, top_k)
-    if top_p < 1:
-        weights = _keep_top_p(weights, top_p)
-    sums = weights.cumsum(-1)  # (S, V)
-    draws = _random_bits(seeds, positions) * sums[:, -1] >> RANDOM_BITS  # in [0, sum)
-    return torch.searchsorted(sums, draws[:, None], right=True).squeeze(-1)
-
-
-def _keep_top_k(weights: Tensor, k: int) -> Tensor:
-    """Only the k largest weights of each row, and those that equal the k-th."""
-    least = weights.topk(min(k, weights.shape[-1])).values[:, -1:]
-    return weights.where(weights >= least, 0)
-
-
-def _keep_top_p(weights: Tensor, p: float) -> Tensor:
-    """Only the fewest largest weights of each row that reach `p` of its sum, and their equals."""
-    ordered = weights.sort(descending=True).values
-    sums = ordered.cumsum(-1)
-    larger = sums - ordered  # the sum of what comes before each
-    needed = (larger < p * sums[:, -1:]).sum(-1, keepdim=True)  # (S, 1), at least 1
-    return weights.where(weights >= ordered.gather(-1, needed - 1), 0)
-
-
-def _random_bits(seeds: Tensor, positions: Tensor) -> Tensor:
-    """Random integers of `RANDOM_BITS` bits, a fixed function of (seed, position)."""
-    return _shift_right(_mix(_mix(seeds) + positions), 64 - RANDOM_BITS)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """The splitmix64 finaliser (Steele et al. 2014) on int64, whose products wrap around."""
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """The shift of the 64 bits as an unsigned number: zeros come in from the left."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(word: int) -> int:
-    return word - 2**64 if word >= 2**63 else word
+    settings = Sampling(**sampling)
+    engine = Engine(
+        model,
+        1,
+        len(prompt) + max_new_tokens,
+        sampling=settings,
+        stop_ids=stop_ids,
+        stop_when=stop_when,
+    )
+    for updated in engine.steps([Request(prompt, max_new_tokens, seed)]):
+        for completion in updated:
+            if completion.tokens and not completion.ends_with_stop_token:
+                yield completion.tokens[-1]

@@ -117,11 +117,13 @@ def _complete(
     model: Transformer, prompts: list[list[int]], tokenizer: Tokenizer, max_new_tokens: int
 ) -> list[list[int]]:
     model.eval()
-    completions = []
-    for start in range(0, len(prompts), GENERATED_AT_ONCE):
-        some = prompts[start : start + GENERATED_AT_ONCE]
-        completions += generate(
-            model, some, max_new_tokens, temperature=0.0, stop_ids=[tokenizer.eos_id]
-        )
+    completions = generate(
+        model,
+        prompts,
+        max_new_tokens,
+        temperature=0.0,
+        stop_ids=[tokenizer.eos_id],
+        slots=GENERATED_AT_ONCE,
+    )
     model.train()
     return completions
