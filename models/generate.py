@@ -19,10 +19,12 @@ Left out: paged caches, sharing of prompts that begin alike, speculative decodin
 
 from __future__ import annotations
 
+import importlib.util
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,6 +32,9 @@ from torch import Tensor
 from models.attention import KVCache
 from models.sampling import Sampling, sample
 from models.transformer import Transformer
+
+if TYPE_CHECKING:
+    from models.decode_cuda import CudaDecoder
 
 StopWhen = Callable[[list[int]], bool]
 DEFAULT_SLOTS = 64
@@ -213,9 +218,9 @@ class Engine:
 
 def make_decoder(
     model: Transformer, slots: int, capacity: int, sampling: Sampling
-) -> Decoder | CudaDecoder:  # noqa: F821
+) -> Decoder | CudaDecoder:
     """The fastest decoder that runs here."""
-    if model.device.type == "cuda":
+    if model.device.type == "cuda" and importlib.util.find_spec("triton"):
         from models.decode_cuda import CudaDecoder, obstacle
 
         if obstacle(model) is None:

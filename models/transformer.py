@@ -115,7 +115,7 @@ class Transformer(nn.Module):
             (B, T, C) in the model's dtype.
         """
         mask = document_mask(cu_seqlens, tokens.shape, self.attention_kernel()[0])
-        return self.final_norm(self.blocks(self._embed(tokens), self._rotation(positions), mask))
+        return self.final_norm(self.blocks(self.embed(tokens), self._rotation(positions), mask))
 
     def extend(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         """Hidden states of tokens that continue the sequences in `cache`, which keeps them.
@@ -127,7 +127,7 @@ class Transformer(nn.Module):
         Returns:
             (S, T, C) in the model's dtype.
         """
-        x, rotation, mask = self._embed(tokens), self._rotation(positions), cache.mask(positions)
+        x, rotation, mask = self.embed(tokens), self._rotation(positions), cache.mask(positions)
         for layer, block in enumerate(self.blocks):
             x = block(x, rotation, mask, partial(cache.store, layer, positions))
         return self.final_norm(x)
@@ -136,7 +136,7 @@ class Transformer(nn.Module):
         """(..., V) float32 logits of hidden states (..., C)."""
         return F.linear(hidden.float(), self.head_weight)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
         scale = math.sqrt(self.config.d_model)
         return (self.embedding(tokens) * scale).to(self.dtype)  # (B, T, C)
 
