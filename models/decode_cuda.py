@@ -13,14 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models import decode_kernels as kernels
 from models.attention import KVCache, attention, document_mask
+from models.decode import unique_prompts
 from models.layers import rotary_angles
 from models.sampling import Sampling, sample
 from models.transformer import Block, Transformer
@@ -77,7 +80,7 @@ def _joined(linears: Sequence[torch.nn.Linear], dtype: torch.dtype) -> Tensor:
 
 
 class CudaDecoder:
-    """What `models.generate.Decoder` does, by kernels of its own."""
+    """What `models.decode.Decoder` does, by kernels of its own."""
 
     lag = 1
 
@@ -113,16 +116,13 @@ class CudaDecoder:
     @torch.no_grad()
     def prefill(self, slots: list[int], requests: list[Request]) -> tuple[Tensor, torch.cuda.Event]:
         """Puts the prompts into the cache's slots and samples the first token of each."""
-        unique: dict[tuple[int, ...], int] = {}
-        numbers = [unique.setdefault(tuple(r.prompt), len(unique)) for r in requests]
-        first = [slots[numbers.index(number)] for number in range(len(unique))]
-        hidden = torch.cat(
-            [self._prefill(prompts, at) for prompts, at in self._chunks(list(unique), first)]
-        )  # (prompts, C)
+        prompts, first, numbers = unique_prompts(slots, requests)
+        chunks = self._chunks(prompts, first)
+        hidden = torch.cat([self._prefill(some, at) for some, at in chunks])  # (prompts, C)
         lengths = [len(r.prompt) for r in requests]
         columns = [slots, [first[n] for n in numbers], numbers, lengths, [r.seed for r in requests]]
-        place, source, prompt_of, length, seeds = self._to_device(columns)
-        if len(unique) < len(requests):
+        place, source, prompt_of, length, seeds = self._to_device(torch.tensor(columns))
+        if len(prompts) < len(requests):
             self.cache.copy(source, place, max(lengths))
         self.cache.lengths[place] = length
         self.seeds[place] = seeds
@@ -145,7 +145,7 @@ class CudaDecoder:
 
     def release(self, slots: list[int]) -> None:
         """Free slots stay at position 0, where attention has nothing to read."""
-        (place,) = self._to_device([slots])
+        place = self._to_device(torch.tensor(slots))
         self.runs[place] = 0
         self.cache.lengths[place] = 0
 
@@ -184,27 +184,26 @@ class CudaDecoder:
 
     def _prefill(self, prompts: list[tuple[int, ...]], slots: list[int]) -> Tensor:
         """Computes prompts laid end to end; hidden state (n, C) of each one's last token."""
-        lengths = [len(prompt) for prompt in prompts]
-        ends = torch.tensor(lengths).cumsum(0)
-        columns = [
-            [token for prompt in prompts for token in prompt],
-            [slot for slot, n in zip(slots, lengths, strict=True) for _ in range(n)],
-            [position for n in lengths for position in range(n)],
-        ]
-        tokens, slot_of, positions = self._to_device(columns)
-        cu_seqlens = F.pad(ends, (1, 0)).int().to(self.model.device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        ends = lengths.cumsum(0)
+        starts = ends - lengths
+        tokens = torch.from_numpy(np.fromiter(chain.from_iterable(prompts), dtype=np.int64))
+        slot_of = torch.tensor(slots).repeat_interleave(lengths)
+        positions = torch.arange(len(tokens)) - starts.repeat_interleave(lengths)
+        tokens, slot_of, positions = self._to_device(torch.stack([tokens, slot_of, positions]))
+        cu_seqlens = self._to_device(F.pad(ends, (1, 0)).int())
         mask = document_mask(cu_seqlens, (1, len(tokens)), self.kernel)
-        mask.max_seqlen = max(lengths)
+        mask.max_seqlen = int(lengths.max())
         sizes = [self.config.n_heads, self.config.n_kv_heads, self.config.n_kv_heads]
         widths = [size * self.config.head_dim for size in sizes]
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
             parts = zip(qkv.split(widths, dim=1), sizes, strict=True)
-            q, k, v = (part.unflatten(1, (n, -1)).contiguous()[None] for part, n in parts)
+            q, k, v = (part.unflatten(1, (n, -1))[None] for part, n in parts)
             return attention(q, k, v, mask)[0].flatten(1)  # (N, H D)
 
         hidden = self._forward(tokens, slot_of, positions, attend)
-        return hidden[(ends - 1).to(self.model.device)]
+        return hidden[self._to_device(ends - 1)]
 
     def _forward(
         self, tokens: Tensor, slots: Tensor, positions: Tensor, attend: Callable
@@ -258,9 +257,9 @@ class CudaDecoder:
             size += len(prompt)
         return chunks
 
-    def _to_device(self, columns: list[list[int]]) -> Tensor:
-        """Equally long lists as the rows of one tensor, copied without waiting."""
-        return torch.tensor(columns).pin_memory().to(self.model.device, non_blocking=True)
+    def _to_device(self, rows: Tensor) -> Tensor:
+        """Copied without waiting."""
+        return rows.pin_memory().to(self.model.device, non_blocking=True)
 
     def _to_host(self, sampled: Tensor) -> tuple[Tensor, torch.cuda.Event]:
         """A copy on the host that is complete when the event has happened."""

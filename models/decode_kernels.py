@@ -23,6 +23,7 @@ from torch import Tensor
 
 from models.sampling import PROBABILITY_ONE, RANDOM_BITS
 
+LOWEST = tl.constexpr(-1e30)  # a logit that is never drawn, and no infinity to subtract
 LEAST_ROWS = 16  # of a matrix in tl.dot; query heads of a group are filled up to it
 
 
@@ -271,31 +272,32 @@ def _draw(
     at = tl.arange(0, BLOCK)
     logits = logits_ptr + row * vocab + at
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in range(0, vocab, BLOCK):
-        x = tl.load(logits + start, mask=start + at < vocab, other=float("-inf"))
-        largest = tl.maximum(largest, x)
-    top = tl.max(largest, 0)
     sums = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab, BLOCK):
-        x = tl.load(logits + start, mask=start + at < vocab, other=float("-inf"))
-        sums += tl.exp((x - top) * inverse_temperature)
-    logz = tl.log(tl.sum(sums, 0))
+        x = tl.load(logits + start, mask=start + at < vocab, other=LOWEST) * inverse_temperature
+        larger = tl.maximum(largest, x)
+        sums = sums * tl.exp(largest - larger) + tl.exp(x - larger)
+        largest = larger
+    top = tl.max(largest, 0)
+    logz = top + tl.log(tl.sum(sums * tl.exp(largest - top), 0))
     weights = tl.zeros([BLOCK], tl.int64)
     for start in range(0, vocab, BLOCK):
-        x = tl.load(logits + start, mask=start + at < vocab, other=float("-inf"))
-        weights += (tl.exp((x - top) * inverse_temperature - logz) * ONE).to(tl.int64)
+        x = tl.load(logits + start, mask=start + at < vocab, other=LOWEST) * inverse_temperature
+        weights += (tl.exp(x - logz) * ONE).to(tl.int64)
     bits = _random_bits(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), BITS)
     drawn = (bits * tl.sum(weights, 0)) >> BITS  # in [0, sum)
+    start = 0
     before = tl.zeros([], tl.int64)
     token = tl.zeros([], tl.int64)  # how many tokens end at or before what was drawn
-    for start in range(0, vocab, BLOCK):
-        x = tl.load(logits + start, mask=start + at < vocab, other=float("-inf"))
-        w = (tl.exp((x - top) * inverse_temperature - logz) * ONE).to(tl.int64)
+    while (before <= drawn) & (start < vocab):
+        x = tl.load(logits + start, mask=start + at < vocab, other=LOWEST) * inverse_temperature
+        w = (tl.exp(x - logz) * ONE).to(tl.int64)
         token += tl.sum((before + tl.cumsum(w, 0) <= drawn).to(tl.int64), 0)
         before += tl.sum(w, 0)
+        start += BLOCK
     tl.store(tokens_ptr + row, token)
-    x = tl.load(logits_ptr + row * vocab + token)
-    tl.store(logprobs_ptr + row, (x - top) * inverse_temperature - logz)
+    x = tl.load(logits_ptr + row * vocab + token) * inverse_temperature
+    tl.store(logprobs_ptr + row, x - logz)
 
 
 @triton.jit

@@ -8,8 +8,8 @@ The cache has a fixed number of slots. A sequence that ends gives its slot to th
 once (continuous batching: Orca, Yu et al. 2022), so short answers never wait for long ones. Prompts
 of a group that are the same are computed once.
 
-Where the numbers come from is the decoder's business (`Decoder` here, on any device;
-`models.decode_cuda` on NVIDIA GPUs, where a step is one captured graph). On a GPU the host reads a
+Where the numbers come from is the decoder's business (`models.decode` on any
+device, `models.decode_cuda` on NVIDIA GPUs, where a step is one captured graph). On a GPU the host reads a
 step's tokens while the next step runs: a sequence may run one step past its end, and that token is
 dropped. What is sampled is a function of the logits, the sequence's seed and the position alone
 (`models.sampling`).
@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from models.attention import KVCache
-from models.sampling import Sampling, sample
+from models.decode import Decoder
+from models.sampling import Sampling
 from models.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -88,12 +88,10 @@ class _Step:
     sampled: Tensor  # (2, rows) float64: tokens and log-probabilities
     ready: torch.cuda.Event | None
 
-    def read(self) -> Iterator[tuple[Completion, int, float]]:
+    def read(self) -> tuple[list[int], list[float]]:
         if self.ready is not None:
             self.ready.synchronize()
-        tokens, logprobs = self.sampled.tolist()
-        for row, completion in self.owners:
-            yield completion, int(tokens[row]), logprobs[row]
+        return self.sampled[0].long().tolist(), self.sampled[1].tolist()
 
 
 class Engine:
@@ -192,20 +190,29 @@ class Engine:
         return _Step(owners, *self.decoder.step())
 
     def _take(self, step: _Step) -> list[Completion]:
-        """Hands a step's tokens to their owners, and frees the slots of those that are done."""
-        updated = []
-        for completion, token, logprob in step.read():
+        """Hands a step's tokens to their owners, and frees the slots of those that are done.
+
+        The loop over a large batch has to be done before the GPU is with its next step.
+        """
+        tokens, logprobs = step.read()
+        stop_ids, stop_when = self.stop_ids, self.stop_when
+        updated, done = [], False
+        for row, completion in step.owners:
             if completion.done:
                 continue  # it ran on until the host knew
-            completion.tokens.append(token)
-            completion.logprobs.append(logprob)
-            completion.ends_with_stop_token = token in self.stop_ids
-            completion.stopped = completion.ends_with_stop_token or bool(
-                self.stop_when and self.stop_when(completion.tokens)
-            )
-            completion.done = completion.stopped or len(completion.tokens) == completion.room
+            token, sampled = tokens[row], completion.tokens
+            sampled.append(token)
+            completion.logprobs.append(logprobs[row])
+            if token in stop_ids:
+                completion.stopped = completion.ends_with_stop_token = completion.done = True
+            elif stop_when is not None and stop_when(sampled):
+                completion.stopped = completion.done = True
+            elif len(sampled) == completion.room:
+                completion.done = True
+            done |= completion.done
             updated.append(completion)
-        self._release([slot for slot, completion in self.running.items() if completion.done])
+        if done:
+            self._release([slot for slot, c in self.running.items() if c.done])
         return updated
 
     def _release(self, slots: list[int]) -> None:
@@ -226,84 +233,6 @@ def make_decoder(
         if obstacle(model) is None:
             return CudaDecoder(model, slots, capacity, sampling)
     return Decoder(model, slots, capacity, sampling)
-
-
-class Decoder:
-    """Prompts into slots, and one token more for every slot, by the model's own forward pass.
-
-    Works on every device. All slots take part in every step, those that are free as well: their
-    tokens are never looked at.
-    """
-
-    lag = 0  # steps that the host may be behind
-    least_refill = 1  # free slots that are worth a prefill while others run
-
-    def __init__(self, model: Transformer, slots: int, capacity: int, sampling: Sampling) -> None:
-        self.model = model
-        self.sampling = sampling
-        self.cache = KVCache(model.config, slots, capacity, model.dtype, model.device)
-        self.tokens = torch.zeros(slots, dtype=torch.int64, device=model.device)
-        self.seeds = torch.zeros_like(self.tokens)
-        penalised = sampling.repetition_penalty != 1
-        shape = (slots, model.config.vocab_size)
-        self.seen = torch.zeros(shape, dtype=torch.bool, device=model.device) if penalised else None
-
-    def refresh(self) -> None:
-        """Nothing: the model itself is used."""
-
-    def prefill(self, slots: list[int], requests: list[Request]) -> tuple[Tensor, None]:
-        """Puts the prompts into the cache's slots and samples the first token of each."""
-        unique: dict[tuple[int, ...], int] = {}
-        numbers = [unique.setdefault(tuple(r.prompt), len(unique)) for r in requests]
-        device = self.model.device
-        prompt_of = torch.tensor(numbers, device=device)
-        first = [slots[numbers.index(number)] for number in range(len(unique))]
-        hidden = self._extend_prompts(list(unique), torch.tensor(first, device=device))
-        place = torch.tensor(slots, device=device)
-        lengths = torch.tensor([len(r.prompt) for r in requests], device=device)
-        self.cache.copy(torch.tensor(first, device=device)[prompt_of], place, int(lengths.max()))
-        self.cache.lengths[place] = lengths
-        self.seeds[place] = torch.tensor([r.seed for r in requests], device=device)
-        if self.seen is not None:
-            for slot, request in zip(slots, requests, strict=True):
-                self.seen[slot] = False
-                self.seen[slot, list(request.prompt)] = True
-        return self._sample(hidden[prompt_of], place), None
-
-    def step(self) -> tuple[Tensor, None]:
-        """The next token of every slot."""
-        cache = self.cache
-        positions = cache.lengths.clamp(max=cache.keys.shape[2] - 1)[:, None]  # (S, 1)
-        hidden = self.model.extend(self.tokens[:, None], positions, cache)[:, 0]  # (S, C)
-        cache.lengths += 1
-        return self._sample(hidden, cache.slots), None
-
-    def release(self, slots: list[int]) -> None:
-        """Nothing needs to be cleared: a slot begins again at position 0."""
-
-    def _extend_prompts(self, prompts: list[tuple[int, ...]], slots: Tensor) -> Tensor:
-        """Computes prompts, filled up on the right; hidden state (n, C) of each one's last token.
-
-        A slot's first new token overwrites the filling.
-        """
-        longest = max(map(len, prompts))
-        filled = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
-        tokens = torch.tensor(filled, device=self.model.device)  # (n, T)
-        positions = torch.arange(longest, device=self.model.device).expand_as(tokens)
-        hidden = self.model.extend(tokens, positions, self.cache.at(slots))  # (n, T, C)
-        ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.model.device)
-        return hidden[torch.arange(len(prompts), device=self.model.device), ends]
-
-    def _sample(self, hidden: Tensor, slots: Tensor) -> Tensor:
-        """Samples and keeps the next token of `slots`; (2, n) float64 tokens and logprobs."""
-        seen = None if self.seen is None else self.seen[slots]
-        logits = self.model.logits(hidden)  # (n, V)
-        positions = self.cache.lengths[slots]
-        tokens, logprobs = sample(logits, self.seeds[slots], positions, self.sampling, seen)
-        self.tokens[slots] = tokens
-        if self.seen is not None:
-            self.seen[slots, tokens] = True
-        return torch.stack([tokens.double(), logprobs.double()])
 
 
 # ---------------------------------------------------------------------------------------------
