@@ -8,8 +8,8 @@ The cache has a fixed number of slots. A sequence that ends gives its slot to th
 once (continuous batching: Orca, Yu et al. 2022), so short answers never wait for long ones. Prompts
 of a group that are the same are computed once.
 
-Where the numbers come from is the decoder's business (`models.decode` on any
-device, `models.decode_cuda` on NVIDIA GPUs, where a step is one captured graph). On a GPU the host reads a
+Where the numbers come from is the decoder's business (`models.decode` on any device,
+`models.decode_cuda` on NVIDIA GPUs, where a step is one captured graph). On a GPU the host reads a
 step's tokens while the next step runs: a sequence may run one step past its end, and that token is
 dropped. What is sampled is a function of the logits, the sequence's seed and the position alone
 (`models.sampling`).
