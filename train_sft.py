@@ -112,7 +112,7 @@ def main(argv: list[str]) -> None:
         optimizer=optimizer,
         schedule=schedule,
         loader=Prefetcher(loader),
-        cost=setup.make_cost_tracker(setup.with_steps(config, steps), dist),
+        cost=setup.make_cost_tracker(config.cost, dist),
         identity={
             "stage": STAGE,
             "model_config": plain(config.model),

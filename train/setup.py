@@ -21,7 +21,7 @@ from train.loop import LoopConfig, Training
 from utils import checkpoint, cost_tracker, distributed, seed
 from utils.checkpoint import Checkpointer, CheckpointError
 from utils.config import CommandLine, Config, ConfigError, Problem, check_resume, plain, save_yaml
-from utils.cost_tracker import CostTracker
+from utils.cost_tracker import CostConfig, CostTracker
 from utils.distributed import Distributed
 from utils.logging import MetricsLog, RunDirectory, get_logger, human_count, human_time
 from utils.mirror import open_mirror
@@ -316,19 +316,16 @@ def restore(training: Training, state: dict | None) -> None:
     training.evaluated_at = -1
     if training.schedule.config.decay_now:
         training.schedule.branch(training.step)
-    tokens_per_step = training.tokens // max(1, training.step)
-    training.cost.total_tokens = training.schedule.total_steps * tokens_per_step
     get_logger().info(
         f"branching off {state['branched_from']} at step {training.step:,}, "
         f"to end at step {training.schedule.total_steps:,}"
     )
 
 
-def make_cost_tracker(config: Config, dist: Distributed) -> CostTracker:
+def make_cost_tracker(config: CostConfig, dist: Distributed) -> CostTracker:
     """Dollars, tokens per dollar and MFU of this machine, as far as they are known."""
     name = torch.cuda.get_device_name() if dist.device.type == "cuda" else "cpu"
-    tokens = config.train.total_steps * config.train.batch_tokens
-    return CostTracker.for_device(config.cost, name, tokens, dist.world_size)
+    return CostTracker.for_device(config, name, dist.world_size)
 
 
 def open_log(path: Path, training: Training, dist: Distributed) -> MetricsLog:

@@ -91,36 +91,33 @@ class CostTracker:
     Args:
         usd_per_hour: price of all devices together; None leaves the dollars out.
         peak_flops: their peak FLOP/s together; None leaves MFU out.
-        total_tokens: the run's length, for progress and the time left.
     """
 
     def __init__(
         self,
         usd_per_hour: float | None,
         peak_flops: float | None,
-        total_tokens: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.usd_per_hour = usd_per_hour
         self.peak_flops = peak_flops
-        self.total_tokens = total_tokens
         self.tokens = 0
         self._clock = clock
-        self._earlier = {"tokens": 0, "usd": 0.0}
+        self._earlier_usd = 0.0
+        self._steps_here = 0  # of this process
         self._started = self._window_started = clock()
         self._window_tokens = self._window_flops = 0
 
     @classmethod
-    def for_device(
-        cls, config: CostConfig, name: str, total_tokens: int, world_size: int = 1
-    ) -> "CostTracker":
+    def for_device(cls, config: CostConfig, name: str, world_size: int = 1) -> "CostTracker":
         """Make a tracker for `world_size` devices of this name, with what config or table know."""
         usd, peak = _price_and_peak(config, find_device(name))
-        return cls(usd and usd * world_size, peak and peak * world_size, total_tokens)
+        return cls(usd and usd * world_size, peak and peak * world_size)
 
     def update(self, tokens: int, flops: int) -> None:
         """Count a step."""
         self.tokens += tokens
+        self._steps_here += 1
         self._window_tokens += tokens
         self._window_flops += flops
 
@@ -133,10 +130,10 @@ class CostTracker:
         finally:
             self._window_started += self._clock() - began
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, step: int, total_steps: int) -> dict[str, float]:
         """Return what is known: throughput since the last call, money and progress in total."""
         now = self._clock()
-        values = {"train/progress_percent": 100 * self.tokens / self.total_tokens}
+        values = {"train/progress_percent": 100 * step / total_steps}
         seconds = now - self._window_started
         if self._window_tokens and seconds > 0:
             values["train/tokens_per_sec"] = self._window_tokens / seconds
@@ -146,16 +143,14 @@ class CostTracker:
             values["cost/usd_spent"] = usd = self._usd(now)
             if usd > 0:
                 values["cost/tokens_per_dollar"] = self.tokens / usd
-        new_tokens = self.tokens - self._earlier["tokens"]
-        if new_tokens > 0:  # a rollback may lead to before where this process began
+        if self._steps_here:
             hours = (now - self._started) / 3600
-            left = max(0, self.total_tokens - self.tokens)
-            values["cost/eta_hours"] = left * hours / new_tokens
+            values["cost/eta_hours"] = max(0, total_steps - step) * hours / self._steps_here
         self._window_started, self._window_tokens, self._window_flops = now, 0, 0
         return values
 
     def _usd(self, now: float) -> float:
-        return self._earlier["usd"] + (now - self._started) / 3600 * (self.usd_per_hour or 0)
+        return self._earlier_usd + (now - self._started) / 3600 * (self.usd_per_hour or 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been spent so far."""
@@ -163,7 +158,7 @@ class CostTracker:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Add what was spent before to what this process spends."""
-        self._earlier = dict(state)
+        self._earlier_usd = state["usd"]
         self.tokens = state["tokens"]
 
 

@@ -48,7 +48,7 @@ def training(**optim) -> Training:
         optimizer,
         Schedule(ScheduleConfig(), 100),
         iter(()),
-        CostTracker(None, None, 100),
+        CostTracker(None, None),
         {},
     )
 

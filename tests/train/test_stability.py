@@ -97,7 +97,7 @@ def start(faults: dict[int, str]) -> Training:
         make_optimizer(model.named_parameters(), OptimConfig(lr=1e-2)),
         Schedule(ScheduleConfig(warmup_steps=10, decay_fraction=0.3), STEPS),
         Loader(faults),
-        CostTracker(None, None, STEPS * 128),
+        CostTracker(None, None),
         {},
     )
 

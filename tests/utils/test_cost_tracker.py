@@ -61,11 +61,11 @@ def test_every_device_finds_itself() -> None:
 
 def test_metrics_of_a_window() -> None:
     clock = Clock()
-    cost = CostTracker(2.0, 1e12, total_tokens=1000, clock=clock)
+    cost = CostTracker(2.0, 1e12, clock=clock)
     clock.now += 10
     cost.update(100, 10**12)
     cost.update(100, 10**12)
-    metrics = cost.metrics()
+    metrics = cost.metrics(2, 10)
     assert metrics == pytest.approx(
         {
             "train/progress_percent": 20,
@@ -73,12 +73,12 @@ def test_metrics_of_a_window() -> None:
             "train/mfu": 0.2,  # 2e12 FLOPs in 10 s of 1e12 per second
             "cost/usd_spent": 2 * 10 / 3600,
             "cost/tokens_per_dollar": 200 / (2 * 10 / 3600),
-            "cost/eta_hours": 40 / 3600,  # 800 tokens at 20 per second
+            "cost/eta_hours": 40 / 3600,  # 8 steps of 5 seconds
         }
     )
     clock.now += 4
     cost.update(100, 10**12)
-    metrics = cost.metrics()
+    metrics = cost.metrics(3, 10)
     assert metrics["train/tokens_per_sec"] == 25
     assert metrics["train/mfu"] == 0.25
     assert metrics["train/progress_percent"] == 30
@@ -86,7 +86,7 @@ def test_metrics_of_a_window() -> None:
 
 def test_pauses_cost_money_but_no_throughput() -> None:
     clock = Clock()
-    cost = CostTracker(3600.0, None, total_tokens=100, clock=clock)
+    cost = CostTracker(3600.0, None, clock=clock)
     clock.now += 5
     cost.update(50, 1)
     with cost.paused():
@@ -94,7 +94,7 @@ def test_pauses_cost_money_but_no_throughput() -> None:
     with pytest.raises(ZeroDivisionError), cost.paused():
         clock.now += 8
         1 / 0  # noqa: B018
-    metrics = cost.metrics()
+    metrics = cost.metrics(1, 2)
     assert metrics["train/tokens_per_sec"] == 10
     assert metrics["cost/usd_spent"] == 20
     assert metrics["cost/eta_hours"] == 20 / 3600
@@ -103,50 +103,50 @@ def test_pauses_cost_money_but_no_throughput() -> None:
 
 def test_what_is_unknown_is_absent() -> None:
     clock = Clock()
-    cost = CostTracker(None, None, total_tokens=100, clock=clock)
-    assert cost.metrics() == {"train/progress_percent": 0}
+    cost = CostTracker(None, None, clock=clock)
+    assert cost.metrics(0, 10) == {"train/progress_percent": 0}
     clock.now += 1
     cost.update(1, 1)
-    assert set(cost.metrics()) == {
+    assert set(cost.metrics(1, 10)) == {
         "train/progress_percent", "train/tokens_per_sec", "cost/eta_hours"
     }  # fmt: skip
 
 
 def test_spent_dollars_stay_spent() -> None:
     clock = Clock()
-    first = CostTracker(3600.0, 1e12, total_tokens=100, clock=clock)
+    first = CostTracker(3600.0, 1e12, clock=clock)
     clock.now += 5
     first.update(20, 1)
     state = first.state_dict()
     clock.now += 1000  # the machine is away
-    second = CostTracker(1800.0, 1e12, total_tokens=100, clock=clock)
+    second = CostTracker(1800.0, 1e12, clock=clock)
     second.load_state_dict(state)
     clock.now += 4
     second.update(20, 1)
-    metrics = second.metrics()
+    metrics = second.metrics(2, 5)
     assert metrics["cost/usd_spent"] == 5 + 2
     assert metrics["cost/tokens_per_dollar"] == 40 / 7
     assert metrics["train/progress_percent"] == 40
     assert metrics["train/tokens_per_sec"] == 5
-    assert metrics["cost/eta_hours"] == pytest.approx(12 / 3600)  # 60 tokens at 5 per second
-    third = CostTracker(1800.0, 1e12, total_tokens=100, clock=clock)
+    assert metrics["cost/eta_hours"] == pytest.approx(12 / 3600)  # 3 steps of 4 seconds
+    third = CostTracker(1800.0, 1e12, clock=clock)
     third.load_state_dict(second.state_dict())
-    assert third.metrics()["cost/usd_spent"] == 7
+    assert third.metrics(2, 5)["cost/usd_spent"] == 7
 
 
 def test_for_device_takes_the_config_before_the_table() -> None:
-    known = CostTracker.for_device(CostConfig(), "NVIDIA H200", 10, world_size=2)
+    known = CostTracker.for_device(CostConfig(), "NVIDIA H200", world_size=2)
     assert (known.usd_per_hour, known.peak_flops) == (2 * 3.8, 2 * 989.4e12)
-    own = CostTracker.for_device(CostConfig(usd_per_hour=0, peak_tflops=100), "NVIDIA H200", 10)
+    own = CostTracker.for_device(CostConfig(usd_per_hour=0, peak_tflops=100), "NVIDIA H200")
     assert (own.usd_per_hour, own.peak_flops) == (0, 100e12)
-    unknown = CostTracker.for_device(CostConfig(), "cpu", 10)
+    unknown = CostTracker.for_device(CostConfig(), "cpu")
     assert (unknown.usd_per_hour, unknown.peak_flops) == (None, None)
 
 
 def test_a_free_machine_has_no_tokens_per_dollar() -> None:
-    cost = CostTracker(0.0, None, 10, clock=Clock())
+    cost = CostTracker(0.0, None, clock=Clock())
     cost.update(1, 1)
-    metrics = cost.metrics()
+    metrics = cost.metrics(1, 10)
     assert metrics["cost/usd_spent"] == 0
     assert "cost/tokens_per_dollar" not in metrics
 
