@@ -121,6 +121,18 @@ def logits_gradient(
     return (spread * (logits - logz[:, None]).exp() + to_target.where(is_target, 0)).to(dtype)
 
 
+def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows (n, C) in an 8-bit float type, and the float32 scales (n, 1) to multiply them by.
+
+    A row's largest number becomes the largest of the type.
+    """
+    if kernels := _kernels(x):
+        return kernels.quantise_rows(x, dtype)
+    limit = torch.finfo(dtype).max
+    scales = x.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / limit
+    return (x.float() / scales).clamp(-limit, limit).to(dtype), scales
+
+
 def _unit(total: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Rows scaled to a root mean square of 1, and the scale (N, 1)."""
     wide = _wide(total)

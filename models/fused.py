@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from models import elementwise
 from models.attention import DocumentMask, attention
+from models.fp8 import Fp8Matrix
 from models.layers import Rotation
 from models.products import Matrix, pack, weight_gradient
 
@@ -116,23 +117,23 @@ class _Weights:
         self.attention_norm, self.ffn_norm, *self._matrices = weights
         self._dtype, self._matmul = dtype, matmul
 
-    def _packed(self, *which: int) -> Matrix:
+    def _packed(self, *which: int) -> Matrix | Fp8Matrix:
         return pack([self._matrices[i] for i in which], self._dtype, self._matmul)
 
     @property
-    def qkv(self) -> Matrix:
+    def qkv(self) -> Matrix | Fp8Matrix:
         return self._packed(0, 1, 2)
 
     @property
-    def o(self) -> Matrix:
+    def o(self) -> Matrix | Fp8Matrix:
         return self._packed(3)
 
     @property
-    def gate_up(self) -> Matrix:
+    def gate_up(self) -> Matrix | Fp8Matrix:
         return self._packed(4, 5)
 
     @property
-    def down(self) -> Matrix:
+    def down(self) -> Matrix | Fp8Matrix:
         return self._packed(6)
 
 

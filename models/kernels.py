@@ -9,6 +9,7 @@ Sums over rows (norm weights) go through one partial sum per program, added in a
 atomic operations, so results repeat to the bit. Every kernel has its definition in plain torch in
 `models/elementwise.py`, which also serves where there is no GPU.
 """
+# ruff: noqa: N803 (constants of a kernel are in capitals, as in Triton's own code)
 
 import torch
 import triton
@@ -266,6 +267,33 @@ def logits_gradient(
         V=size, BLOCK=block, IGNORED=ignored, num_warps=8,
     )  # fmt: skip
     return out
+
+
+# ---------------------------------------------------------------------------------------------
+# 8-bit numbers
+
+
+@triton.jit
+def _quantise_rows(x, out, scales, limit, C: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    value = tl.load(x + row * C + column, mask=column < C, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(value), 0), 1e-12) / limit
+    tl.store(scales + row, scale)
+    scaled = tl.clamp(value / scale, -limit, limit)
+    tl.store(out + row * C + column, scaled.to(out.dtype.element_ty), mask=column < C)
+
+
+def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    rows, size = x.shape
+    out = torch.empty_like(x, dtype=dtype)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(size)
+    _quantise_rows[(rows,)](
+        x, out, scales, torch.finfo(dtype).max, C=size, BLOCK=block,
+        num_warps=min(16, max(4, block // 1024)),
+    )  # fmt: skip
+    return out, scales
 
 
 def _multiprocessors(device: torch.device) -> int:

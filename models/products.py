@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.fp8 import Fp8Matrix
+
 MATMUL = ("bf16", "fp8")
 
 
@@ -29,12 +31,12 @@ class Matrix:
         return grad @ self.weight
 
 
-def pack(weights: Sequence[Tensor], dtype: torch.dtype, matmul: str = "bf16") -> Matrix:
+def pack(weights: Sequence[Tensor], dtype: torch.dtype, matmul: str = "bf16") -> Matrix | Fp8Matrix:
     """Weights of one input, one below the other, as a matrix to multiply with."""
     sizes = [len(weight) for weight in weights]
     packed = torch.empty(sum(sizes), weights[0].shape[1], dtype=dtype, device=weights[0].device)
     torch._foreach_copy_(packed.split(sizes), [weight.detach() for weight in weights])
-    return Matrix(packed)
+    return Fp8Matrix(packed) if matmul == "fp8" else Matrix(packed)
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Each Triton kernel against its definition in plain torch, in higher precision.
 
-On a GPU, or anywhere with Triton's interpreter: TRITON_INTERPRET=1 pytest tests/models/test_kernels.py
+On a GPU, or anywhere with Triton's interpreter (numpy < 2.4):
+TRITON_INTERPRET=1 pytest tests/models/test_kernels.py
 """
 
 import os
@@ -41,9 +42,7 @@ def check(ours, exact, dtype):
 
 def exactly(function, *args):
     """The definition, in float64 on the CPU."""
-    wide = [
-        a.double().cpu() if torch.is_tensor(a) and a.is_floating_point() else a for a in args
-    ]
+    wide = [a.double().cpu() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
     return function(*[a.cpu() if torch.is_tensor(a) else a for a in wide])
 
 
@@ -111,9 +110,7 @@ def test_softmax_and_its_gradient(kernels, dtype, vocab):
         elementwise.logits_gradient, logits, exact[1], targets, *upstream, torch.float64, -100
     )
     for out in (torch.float32, torch.bfloat16):
-        ours = kernels.logits_gradient(
-            logits.clone(), statistics[1], targets, *upstream, out, -100
-        )
+        ours = kernels.logits_gradient(logits.clone(), statistics[1], targets, *upstream, out, -100)
         assert ours.dtype == out
         check(ours, expected, out)
 
@@ -122,3 +119,20 @@ def test_kernels_repeat_to_the_bit(kernels):
     total, weight, grad = draw(500, 96), draw(96), draw(500, 96)
     runs = [kernels.add_norm_backward(total, weight, grad, None, 1e-6)[1] for _ in range(3)]
     assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter cuts 8-bit floats off")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [16, 96, 4096])
+def test_quantise_rows(kernels, dtype, size):
+    x = draw(11, size, dtype=dtype) * torch.logspace(-4, 4, 11, device=DEVICE)[:, None].to(dtype)
+    x[3] = 0
+    rounded, scales = kernels.quantise_rows(x, torch.float8_e4m3fn)
+    restored = rounded.float() * scales
+    largest = x.float().abs().amax(1, keepdim=True)
+    # Half a unit in the last of 3 bits, and half the smallest number of the format.
+    assert ((restored - x.float()).abs() <= x.float().abs() / 16 + largest / 448 / 1024).all()
+    assert not restored[3].any()
+    expected, expected_scales = elementwise.quantise_rows(x.cpu(), torch.float8_e4m3fn)
+    torch.testing.assert_close(scales.cpu(), expected_scales)
+    assert (rounded.cpu().float() != expected.float()).float().mean() < 0.01
