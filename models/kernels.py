@@ -9,7 +9,6 @@ Sums over rows (norm weights) go through one partial sum per program, added in a
 atomic operations, so results repeat to the bit. Every kernel has its definition in plain torch in
 `models/elementwise.py`, which also serves where there is no GPU.
 """
-# ruff: noqa: N803 (constants of a kernel are in capitals, as in Triton's own code)
 
 import torch
 import triton
