@@ -271,7 +271,8 @@ def _fa4_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    q, k, v = (x.contiguous() for x in (q, k, v))  # the gradients are laid out as these are
+    # The gradients are laid out as q, k and v are: dimensions in this order, whatever the row.
+    q, k, v = (x if _ordered(x) else x.contiguous() for x in (q, k, v))
     dq, dk, dv, *_ = _flash_attn_bwd(
         q,
         k,
@@ -302,6 +303,11 @@ def _(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _ordered(x: Tensor) -> bool:
+    """Whether heads (N, H, D) lie side by side, in rows that may be longer."""
+    return x.stride()[1:] == (x.shape[2], 1) and x.stride(0) >= x.shape[1] * x.shape[2]
 
 
 def _fa4_save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

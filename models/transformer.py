@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from models.attention import Attention, DocumentMask, KVCache, Store, choose_kernel, document_mask
 from models.config import ModelConfig
+from models.fused import fused_block, fused_norm
 from models.layers import RMSNorm, Rotation, SwiGLU, rotary_angles
 
 
@@ -66,6 +67,7 @@ class Transformer(nn.Module):
         self.config = config
         self.dtype = dtype
         self.requested_kernel = kernel
+        self.fused: dict[str, str] | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = Stack(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
@@ -104,6 +106,15 @@ class Transformer(nn.Module):
         self.blocks.compile(dynamic=False)
         self.final_norm.compile(dynamic=False)
 
+    def fuse_blocks(self, memory: str = "fast", matmul: str = "bf16") -> None:
+        """From now on `forward` runs the blocks as `models.fused` has them.
+
+        Args:
+            memory: one of `models.fused.MEMORY`.
+            matmul: one of `models.products.MATMUL`.
+        """
+        self.fused = {"memory": memory, "matmul": matmul}
+
     def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Hidden states after the final norm.
 
@@ -115,7 +126,13 @@ class Transformer(nn.Module):
             (B, T, C) in the model's dtype.
         """
         mask = document_mask(cu_seqlens, tokens.shape, self.attention_kernel()[0])
-        return self.final_norm(self.blocks(self.embed(tokens), self._rotation(positions), mask))
+        x, rotation = self.embed(tokens), self._rotation(positions)
+        if self.fused is None:
+            return self.final_norm(self.blocks(x, rotation, mask))
+        stream = x.flatten(0, 1), None
+        for block in self.blocks:
+            stream = fused_block(block, stream, rotation, mask, **self.fused)
+        return fused_norm(self.final_norm, stream).view(x.shape)
 
     def extend(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         """Hidden states of tokens that continue the sequences in `cache`, which keeps them.

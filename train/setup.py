@@ -16,6 +16,9 @@ from typing import ClassVar
 import torch
 
 from models.config import ModelConfig
+from models.fp8 import fp8_obstacle
+from models.fused import MEMORY
+from models.products import MATMUL
 from models.transformer import Transformer
 from train.loop import LoopConfig, Training
 from utils import checkpoint, cost_tracker, distributed, seed
@@ -50,8 +53,14 @@ class RuntimeConfig(Config):
     """Activations and matrix products: bf16, fp32, or auto (bf16 on CUDA, fp32 on a CPU)."""
     attention: str = "auto"
     """fa4, fa2, varlen, flex, dense, or auto: the fastest that runs here."""
+    fused: bool | None = None
+    """Blocks with a hand-written backward pass (models/fused.py); null: on CUDA in bf16."""
+    memory: str = "fast"
+    """What a fused block keeps: fast, balanced (3/4, norms again), low (1/12, nearly all again)."""
+    matmul: str = "bf16"
+    """Matrix products of fused blocks: bf16 or fp8 (Ada, Hopper and later)."""
     compile: bool | None = None
-    """torch.compile the model; null: on CUDA."""
+    """torch.compile blocks that are not fused; null: on CUDA."""
     deterministic: bool = False
     """Bit-identical reruns on the same machine; slower."""
 
@@ -60,6 +69,14 @@ class RuntimeConfig(Config):
             yield Problem(
                 ("precision",), f"precision ('{self.precision}') is none of auto, bf16, fp32"
             )
+        for key, allowed in (("memory", MEMORY), ("matmul", MATMUL)):
+            value = getattr(self, key)
+            if value not in allowed:
+                yield Problem((key,), f"{key} ('{value}') is none of {', '.join(allowed)}")
+            elif value != allowed[0] and self.fused is False:
+                yield Problem(
+                    (key, "fused"), f"{key} ('{value}') needs fused blocks, and fused is false"
+                )
 
 
 class TrainConfig(LoopConfig):
@@ -170,13 +187,32 @@ def build_model(
         kernel, reason = model.attention_kernel()
     except ValueError as error:
         raise ConfigError(f"runtime.attention: {error}") from error
-    if on_gpu if runtime.compile is None else runtime.compile:
-        model.compile_blocks()
+    steps = _fuse_or_compile(model, runtime)
     get_logger().info(
         f"model: {config.n_params:,} parameters, {name}, on {dist.device}; "
-        f"attention: {kernel} ({reason})"
+        f"attention: {kernel} ({reason}); blocks: {steps}"
     )
     return model
+
+
+def _fuse_or_compile(model: Transformer, runtime: RuntimeConfig) -> str:
+    """Chooses how the training path runs; returns what to say of it."""
+    config, on_gpu = model.config, model.device.type == "cuda"
+    asked = (runtime.memory, runtime.matmul) != ("fast", "bf16")
+    fused = runtime.fused
+    if fused is None:
+        fused = asked or (on_gpu and model.dtype == torch.bfloat16)
+    if fused:
+        if runtime.matmul == "fp8":
+            sizes = [config.d_model, config.n_kv_heads * config.head_dim, config.d_ffn]
+            if obstacle := fp8_obstacle(model.device, model.dtype, sizes):
+                raise ConfigError(f"runtime.matmul: fp8 cannot run: it {obstacle}")
+        model.fuse_blocks(runtime.memory, runtime.matmul)
+        return f"fused, memory {runtime.memory}, products in {runtime.matmul}"
+    if on_gpu if runtime.compile is None else runtime.compile:
+        model.compile_blocks()
+        return "compiled"
+    return "plain"
 
 
 def load_base(args: CommandLine, stages: Sequence[str], model: ModelConfig) -> dict:

@@ -1,0 +1,154 @@
+"""What a training step computes between its matrix products, forward and backward.
+
+Each function is written out in plain torch: that is its definition, what a CPU runs, and what the
+Triton kernels of `models/kernels.py`, which CUDA tensors go to, are tested against. All compute in
+float32 (float64 for float64) and return the dtype of the activations. N tokens are the rows.
+"""
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual stream x + delta (N, C) and its RMSNorm; the stream is `x` without a delta."""
+    if kernels := _kernels(x):
+        return kernels.add_norm(x, delta, weight, eps)
+    total = x if delta is None else x + delta
+    unit, _ = _unit(total, eps)
+    return total, (weight * unit).to(x.dtype)
+
+
+def add_norm_backward(
+    total: Tensor, weight: Tensor, grad_normed: Tensor, grad_total: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `add_norm`: of x and delta alike (N, C), and of the weight (C,) in float32.
+
+    Args:
+        grad_total: what reaches the stream past the norm; None: nothing.
+    """
+    if kernels := _kernels(total):
+        return kernels.add_norm_backward(total, weight, grad_normed, grad_total, eps)
+    unit, scale = _unit(total, eps)
+    upstream = grad_normed.to(unit.dtype)
+    along = upstream * weight
+    grad = scale * (along - unit * (along * unit).mean(-1, keepdim=True))
+    if grad_total is not None:
+        grad = grad + grad_total
+    return grad.to(total.dtype), (upstream * unit).sum(0)
+
+
+def rotate_heads(
+    source: Tensor, out: Tensor, rotation: tuple[Tensor, Tensor] | None, inverse: bool = False
+) -> None:
+    """Writes each head of `source` (N, H, D), turned by its token's angles, to `out`.
+
+    Heads may lie inside wider rows. `out` may be `source`.
+
+    Args:
+        rotation: cosines and sines (N, D/2) of the angles; None: a copy.
+        inverse: turn the other way: the gradient.
+    """
+    if kernels := _kernels(source):
+        kernels.rotate_heads(source, out, rotation, inverse)
+        return
+    if rotation is None:
+        out.copy_(source)
+        return
+    cos, sin = (x[:, None] for x in rotation)  # (N, 1, D/2)
+    sin = -sin if inverse else sin
+    first, second = source.to(cos.dtype).chunk(2, -1)
+    out.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), -1))
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up (N, F) of the halves of `gate_up` (N, 2F)."""
+    if kernels := _kernels(gate_up):
+        return kernels.swiglu(gate_up)
+    gate, up = _wide(gate_up).chunk(2, -1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def swiglu_backward(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The product (N, F) once more, and the gradient of `gate_up` (N, 2F).
+
+    The product may be written over `grad`, the gradient (N, F) of the product.
+    """
+    if kernels := _kernels(gate_up):
+        return kernels.swiglu_backward(gate_up, grad)
+    gate, up = _wide(gate_up).chunk(2, -1)
+    sigmoid, upstream = gate.sigmoid(), _wide(grad)
+    silu = gate * sigmoid
+    to_gate = upstream * up * (sigmoid + silu * (1 - sigmoid))
+    grad_gate_up = torch.cat((to_gate, upstream * silu), -1)
+    return (silu * up).to(grad.dtype), grad_gate_up.to(grad.dtype)
+
+
+def softmax_statistics(logits: Tensor, targets: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+    """Each target's log-probability (0 where ignored) and log Z, (n,), of `logits` (n, V)."""
+    if kernels := _kernels(logits):
+        return kernels.softmax_statistics(logits, targets, ignored)
+    logits = _wide(logits)
+    logz = logits.logsumexp(-1)
+    picked = logits.gather(-1, targets.clamp(min=0)[:, None]).squeeze(-1)
+    return (picked - logz).where(targets != ignored, 0), logz
+
+
+def logits_gradient(
+    logits: Tensor,
+    logz: Tensor,
+    targets: Tensor,
+    to_logp: Tensor,
+    to_logz: Tensor,
+    dtype: torch.dtype,
+    ignored: int,
+) -> Tensor:
+    """Gradient (n, V), in `dtype`, of to_logp * log p(target) + to_logz * log Z.
+
+    It may be written over `logits`.
+    """
+    if kernels := _kernels(logits):
+        return kernels.logits_gradient(logits, logz, targets, to_logp, to_logz, dtype, ignored)
+    logits = _wide(logits)
+    counts = targets != ignored
+    to_target = to_logp.where(counts, 0)[:, None]
+    spread = (to_logz - to_logp).where(counts, 0)[:, None]
+    is_target = targets[:, None] == torch.arange(logits.shape[-1], device=logits.device)
+    return (spread * (logits - logz[:, None]).exp() + to_target.where(is_target, 0)).to(dtype)
+
+
+def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows (n, C) in an 8-bit float type, and the float32 scales (n, 1) to multiply them by.
+
+    A row's largest number becomes the largest of the type.
+    """
+    if kernels := _kernels(x):
+        return kernels.quantise_rows(x, dtype)
+    limit = torch.finfo(dtype).max
+    scales = x.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / limit
+    return (x.float() / scales).clamp(-limit, limit).to(dtype), scales
+
+
+def _unit(total: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Rows scaled to a root mean square of 1, and the scale (N, 1)."""
+    wide = _wide(total)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return wide * scale, scale
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _kernels(x: Tensor) -> ModuleType | None:
+    """The Triton kernels, where `x` is on a GPU."""
+    return _load_kernels() if x.is_cuda else None
+
+
+@functools.cache
+def _load_kernels() -> ModuleType:
+    return importlib.import_module("models.kernels")

@@ -1,0 +1,282 @@
+"""A training step's block with its backward pass written out: the fastest form of `Block`.
+
+The same function as `Block.forward`, of the same parameters, as one autograd function:
+
+- q, k and v are one product, and so are gate and up; the float32 weights are cast to bf16 side by
+  side as they are used. Each weight's gradient comes out of its product in float32.
+- The residual stream travels as a pair (x, delta) whose sum is taken where the next norm reads it.
+- What is kept for the backward pass is chosen here, in `Keep`, and not by a compiler. The SwiGLU
+  product is always computed again, in the same pass that needs its inputs anyway.
+
+Attention brings its own backward pass: it is differentiated by itself, inside, so that every kernel
+of `models/attention.py` works unchanged. Where the elementwise steps have no Triton kernels they
+run as plain torch (`models/elementwise.py`), so all of this is tested on a CPU in float64.
+
+Left out: double backward; frozen weights (their gradients are computed and dropped).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models import elementwise
+from models.attention import DocumentMask, attention
+from models.fp8 import Fp8Matrix
+from models.layers import Rotation
+from models.products import Matrix, pack, weight_gradient
+
+MEMORY = ("fast", "balanced", "low")
+"""What a block keeps for its backward pass, in tokens x d_model (f = d_ffn / d_model):
+
+fast: all but the SwiGLU product: 4 + 2 (1 + kv heads / heads) + 2 f.
+balanced: without the norms' outputs and the stream between the two layers, which cost two
+elementwise passes and the product with o_proj: 3 fewer.
+low: the block's input alone: 1; everything but the last product is computed twice.
+"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a fused block needs to know beside tensors."""
+
+    n_heads: int
+    n_kv_heads: int
+    has_rope: bool
+    eps: float
+    memory: str
+    matmul: str
+
+
+@dataclass
+class Keep:
+    """What the backward pass works from; None is computed again there."""
+
+    x: Tensor  # (N, C), the stream that the attention layer reads
+    attended: tuple[tuple[Tensor, Tensor, Tensor], Tensor] | None = None  # (q, k, v) and output
+    middle: Tensor | None = None  # (N, C), the stream that the feed-forward layer reads
+    gate_up: Tensor | None = None  # (N, 2F)
+    attention_normed: Tensor | None = None  # (N, C)
+    ffn_normed: Tensor | None = None  # (N, C)
+
+
+Pair = tuple[Tensor, Tensor | None]
+"""The residual stream (N, C) as a sum of two; there is no second before the first block."""
+
+
+def fused_block(
+    block: nn.Module,
+    stream: Pair,
+    rotation: Rotation,
+    mask: DocumentMask,
+    memory: str,
+    matmul: str,
+) -> Pair:
+    """The stream after `block`, a `models.transformer.Block`.
+
+    Args:
+        mask: its batch shape is the rotation's.
+    """
+    layer, ffn = block.attention, block.ffn
+    heads, kv_heads = (p.weight.shape[0] // layer.head_dim for p in (layer.q_proj, layer.k_proj))
+    eps = block.attention_norm.eps
+    settings = Settings(heads, kv_heads, layer.has_rope, eps, memory, matmul)
+    norms = block.attention_norm, block.ffn_norm
+    linear = (layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj)
+    linear += (ffn.gate_proj, ffn.up_proj, ffn.down_proj)
+    weights = [module.weight for module in (*norms, *linear)]
+    return _FusedBlock.apply(*stream, rotation, mask, settings, torch.is_grad_enabled(), *weights)
+
+
+def fused_norm(norm: nn.Module, stream: Pair) -> Tensor:
+    """`norm`, a `models.layers.RMSNorm`, of the stream's sum."""
+    return _FusedNorm.apply(*stream, norm.weight, norm.eps)
+
+
+class _FusedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        total, normed = elementwise.add_norm(x, delta, weight, eps)
+        ctx.save_for_backward(total, weight)
+        ctx.eps, ctx.has_delta = eps, delta is not None
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        total, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        to_stream, to_weight = elementwise.add_norm_backward(total, weight, grad, None, ctx.eps)
+        return to_stream, to_stream if ctx.has_delta else None, to_weight, None
+
+
+class _Weights:
+    """A block's matrices in the activations' dtype, each made as it is used."""
+
+    def __init__(self, weights: tuple[Tensor, ...], dtype: torch.dtype, matmul: str) -> None:
+        self.attention_norm, self.ffn_norm, *self._matrices = weights
+        self._dtype, self._matmul = dtype, matmul
+
+    def _packed(self, *which: int) -> Matrix | Fp8Matrix:
+        return pack([self._matrices[i] for i in which], self._dtype, self._matmul)
+
+    @property
+    def qkv(self) -> Matrix | Fp8Matrix:
+        return self._packed(0, 1, 2)
+
+    @property
+    def o(self) -> Matrix | Fp8Matrix:
+        return self._packed(3)
+
+    @property
+    def gate_up(self) -> Matrix | Fp8Matrix:
+        return self._packed(4, 5)
+
+    @property
+    def down(self) -> Matrix | Fp8Matrix:
+        return self._packed(6)
+
+
+class _FusedBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        delta: Tensor | None,
+        rotation: Rotation,
+        mask: DocumentMask,
+        settings: Settings,
+        keep_any: bool,
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        w = _Weights(weights, x.dtype, settings.matmul)
+        x, normed = elementwise.add_norm(x, delta, w.attention_norm, settings.eps)
+        keep = Keep(x.detach(), attention_normed=normed)
+        _compute(keep, w, rotation, mask, settings)
+        out = w.down.apply(elementwise.swiglu(keep.gate_up))
+        middle = keep.middle
+        if keep_any:
+            # An alias, because a function that holds its own output is never freed.
+            keep.middle = middle.detach()
+            ctx.keep = _reduced(keep, settings.memory)
+            ctx.save_for_backward(*weights)
+            ctx.rest = rotation, mask, settings, delta is not None
+        return middle, out
+
+    @staticmethod
+    def backward(ctx: Any, grad_middle: Tensor, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        weights, keep = ctx.saved_tensors, ctx.keep
+        rotation, mask, settings, has_delta = ctx.rest
+        ctx.keep = None  # memory is free as soon as it is used
+        w = _Weights(weights, grad_out.dtype, settings.matmul)
+        with torch.no_grad():
+            _compute(keep, w, rotation, mask, settings)
+            grad, *ffn = _ffn_backward(keep, w, grad_middle, grad_out, settings)
+            grad, *attn = _attention_backward(keep, w, grad, rotation, settings)
+        attention_norm, q, k, v, o = attn
+        ffn_norm, gate, up, down = ffn
+        grads = (attention_norm, ffn_norm, q, k, v, o, gate, up, down)
+        cast = (g.to(weight.dtype) for g, weight in zip(grads, weights, strict=True))
+        return grad, grad if has_delta else None, None, None, None, None, *cast
+
+
+def _reduced(keep: Keep, memory: str) -> Keep:
+    if memory == "fast":
+        return keep
+    if memory == "balanced":
+        return Keep(keep.x, attended=keep.attended, gate_up=keep.gate_up)
+    return Keep(keep.x)
+
+
+def _compute(
+    keep: Keep, w: _Weights, rotation: Rotation, mask: DocumentMask, settings: Settings
+) -> None:
+    """Fills in what is missing, up to the gate and up projections."""
+    if keep.attention_normed is None:
+        keep.attention_normed = _norm(keep.x, w.attention_norm, settings)
+    if keep.attended is None:
+        keep.attended = _attend(keep.attention_normed, w, rotation, mask, settings)
+    if keep.middle is None:
+        delta = w.o.apply(keep.attended[1].detach().flatten(0, 1).flatten(1))
+        keep.middle, keep.ffn_normed = elementwise.add_norm(keep.x, delta, w.ffn_norm, settings.eps)
+    if keep.gate_up is None:
+        keep.gate_up = w.gate_up.apply(keep.ffn_normed)
+
+
+def _norm(x: Tensor, weight: Tensor, settings: Settings) -> Tensor:
+    return elementwise.add_norm(x, None, weight, settings.eps)[1]
+
+
+def _attend(
+    normed: Tensor, w: _Weights, rotation: Rotation, mask: DocumentMask, settings: Settings
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Queries, keys and values (B, T, heads, D) as leaves of a graph, and attention's output."""
+    qkv = w.qkv.apply(normed)  # (N, (H + 2 K) D)
+    q, k, v = _heads(qkv, settings)
+    if settings.has_rope:
+        for x in (q, k):
+            elementwise.rotate_heads(x, x, _angles(rotation))
+    shape = rotation[0].shape[:2]
+    with torch.enable_grad():
+        leaves = tuple(x.unflatten(0, shape).detach().requires_grad_() for x in (q, k, v))
+        return leaves, attention(*leaves, mask)  # (B, T, H, D)
+
+
+def _heads(qkv: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of the packed projections: (N, H, D) and twice (N, K, D)."""
+    counts = [settings.n_heads, settings.n_kv_heads, settings.n_kv_heads]
+    return qkv.unflatten(1, (sum(counts), -1)).split(counts, 1)
+
+
+def _angles(rotation: Rotation) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (N, D/2), from the form that `models.layers.rotate` wants."""
+    cos, signed_sin = (x.flatten(0, 1)[:, 0, -1] for x in rotation)
+    return cos, signed_sin
+
+
+def _ffn_backward(
+    keep: Keep, w: _Weights, grad_middle: Tensor, grad_out: Tensor, settings: Settings
+) -> tuple[Tensor, ...]:
+    """Gradients of the middle of the stream and of ffn_norm, gate, up, down."""
+    grad_product = w.down.input_gradient(grad_out)  # (N, F)
+    product, grad_gate_up = elementwise.swiglu_backward(keep.gate_up, grad_product)
+    keep.gate_up = None
+    down = weight_gradient(grad_out, product)
+    del product, grad_product
+    normed = keep.ffn_normed
+    if normed is None:
+        normed = _norm(keep.middle, w.ffn_norm, settings)
+    gate, up = weight_gradient(grad_gate_up, normed).chunk(2)
+    del normed
+    keep.ffn_normed = None
+    grad_normed = w.gate_up.input_gradient(grad_gate_up)
+    del grad_gate_up
+    grad, norm = elementwise.add_norm_backward(
+        keep.middle, w.ffn_norm, grad_normed, grad_middle, settings.eps
+    )
+    return grad, norm, gate, up, down
+
+
+def _attention_backward(
+    keep: Keep, w: _Weights, grad_middle: Tensor, rotation: Rotation, settings: Settings
+) -> tuple[Tensor, ...]:
+    """Gradients of the block's input and of attention_norm, q, k, v, o."""
+    leaves, out = keep.attended
+    keep.attended = keep.middle = None
+    o = weight_gradient(grad_middle, out.detach().flatten(0, 1).flatten(1))
+    grad_out = w.o.input_gradient(grad_middle).view(out.shape)
+    grads = torch.autograd.grad(out, leaves, grad_out)  # (B, T, H, D), twice (B, T, K, D)
+    del leaves, out, grad_out
+    sizes = [g.shape[2] * g.shape[3] for g in grads]
+    grad_qkv = grad_middle.new_empty(len(grad_middle), sum(sizes))
+    turn = _angles(rotation) if settings.has_rope else None
+    parts = _heads(grad_qkv, settings)
+    for grad, part, angles in zip(grads, parts, (turn, turn, None), strict=True):
+        elementwise.rotate_heads(grad.flatten(0, 1).contiguous(), part, angles, inverse=True)
+    del grads, grad
+    q, k, v = weight_gradient(grad_qkv, keep.attention_normed).split(sizes)
+    grad_normed = w.qkv.input_gradient(grad_qkv)
+    grad, norm = elementwise.add_norm_backward(
+        keep.x, w.attention_norm, grad_normed, grad_middle, settings.eps
+    )
+    return grad, norm, q, k, v, o

@@ -1,0 +1,301 @@
+"""Triton kernels of the training step: each reads its inputs once and writes its outputs once.
+
+Between the matrix products of a block nothing is left to compute but to move bytes, so a kernel is
+as good as the bytes it does not move: the residual is added where the norm reads it, rotations are
+done in place on the packed projections, the backward pass of SwiGLU writes the product that the
+next matrix needs, and a row of logits is turned into its gradient where it stands.
+
+Sums over rows (norm weights) go through one partial sum per program, added in a fixed order: no
+atomic operations, so results repeat to the bit. Every kernel has its definition in plain torch in
+`models/elementwise.py`, which also serves where there is no GPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------
+# RMSNorm with the residual
+
+
+@triton.jit
+def _add_norm(
+    x, delta, weight, total, normed, rows, eps,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_C)
+    at = row[:, None] * C + column[None, :]
+    inside = (row < rows)[:, None] & (column < C)[None, :]
+    value = tl.load(x + at, mask=inside, other=0.0)
+    if ADD:
+        added = value.to(tl.float32) + tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
+        value = added.to(value.dtype)  # the norm sees the stream as it is stored
+        tl.store(total + at, value, mask=inside)
+    wide = value.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 1) / C + eps)
+    w = tl.load(weight + column, mask=column < C, other=0.0)
+    out = w[None, :] * (wide * scale[:, None])
+    tl.store(normed + at, out.to(normed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_norm_backward(
+    total, weight, grad_normed, grad_total, grad, partial, rows, eps,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, BLOCK_C)
+    w = tl.load(weight + column, mask=column < C, other=0.0)[None, :]
+    grad_weight = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        at = row[:, None] * C + column[None, :]
+        inside = (row < rows)[:, None] & (column < C)[None, :]
+        x = tl.load(total + at, mask=inside, other=0.0).to(tl.float32)
+        upstream = tl.load(grad_normed + at, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(x * x, 1) / C + eps)[:, None]
+        unit = x * scale
+        grad_weight += upstream * unit
+        along = upstream * w
+        result = scale * (along - unit * (tl.sum(along * unit, 1) / C)[:, None])
+        if ADD:
+            result += tl.load(grad_total + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad + at, result.to(grad.dtype.element_ty), mask=inside)
+    summed = tl.sum(grad_weight, 0)
+    tl.store(partial + tl.program_id(0) * C + column, summed, mask=column < C)
+
+
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    rows, size = x.shape
+    total = x if delta is None else torch.empty_like(x)
+    normed = torch.empty_like(x)
+    block = triton.next_power_of_2(size)
+    per_program = max(1, 4096 // block)
+    _add_norm[(triton.cdiv(rows, per_program),)](
+        x, x if delta is None else delta, weight, total, normed, rows, eps,
+        C=size, BLOCK_C=block, ROWS=per_program, ADD=delta is not None, num_warps=4,
+    )  # fmt: skip
+    return total, normed
+
+
+def add_norm_backward(
+    total: Tensor, weight: Tensor, grad_normed: Tensor, grad_total: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    rows, size = total.shape
+    block = triton.next_power_of_2(size)
+    per_program = max(1, 4096 // block)
+    programs = min(triton.cdiv(rows, per_program), 4 * _multiprocessors(total.device))
+    grad = torch.empty_like(total)
+    partial = torch.empty(programs, size, dtype=torch.float32, device=total.device)
+    _add_norm_backward[(programs,)](
+        total, weight, grad_normed, total if grad_total is None else grad_total, grad, partial,
+        rows, eps,
+        C=size, BLOCK_C=block, ROWS=per_program, ADD=grad_total is not None, num_warps=8,
+    )  # fmt: skip
+    return grad, partial.sum(0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Rotary embedding
+
+
+@triton.jit
+def _rotate(
+    source, out, cos, sin, tokens, source_stride, out_stride, cos_stride, sin_stride,
+    HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr,
+    INVERSE: tl.constexpr, COPY: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    inside = (token < tokens) & (d < HALF)
+    if not COPY:
+        c = tl.load(cos + token * cos_stride + d, mask=inside, other=0.0)
+        s = tl.load(sin + token * sin_stride + d, mask=inside, other=0.0)
+        if INVERSE:
+            s = -s
+    for head in tl.static_range(HEADS):
+        read = source + token * source_stride + head * 2 * HALF + d
+        write = out + token * out_stride + head * 2 * HALF + d
+        first = tl.load(read, mask=inside, other=0.0)
+        second = tl.load(read + HALF, mask=inside, other=0.0)
+        if not COPY:
+            a, b = first.to(tl.float32), second.to(tl.float32)
+            first, second = a * c - b * s, b * c + a * s
+        tl.store(write, first.to(out.dtype.element_ty), mask=inside)
+        tl.store(write + HALF, second.to(out.dtype.element_ty), mask=inside)
+
+
+def rotate_heads(
+    source: Tensor, out: Tensor, rotation: tuple[Tensor, Tensor] | None, inverse: bool
+) -> None:
+    tokens, heads, size = source.shape
+    assert source.stride()[1:] == out.stride()[1:] == (size, 1), "heads lie side by side"
+    cos, sin = rotation or (source, source)
+    block = triton.next_power_of_2(size // 2)
+    per_program = max(1, 1024 // block)
+    _rotate[(triton.cdiv(tokens, per_program),)](
+        source, out, cos, sin, tokens,
+        source.stride(0), out.stride(0), cos.stride(0), sin.stride(0),
+        HEADS=heads, HALF=size // 2, BLOCK_D=block, TOKENS=per_program,
+        INVERSE=inverse, COPY=rotation is None, num_warps=4,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# SwiGLU
+
+
+@triton.jit
+def _swiglu(gate_up, product, F: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < F
+    gate = tl.load(gate_up + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
+    out = gate * tl.sigmoid(gate) * up
+    tl.store(product + row * F + column, out.to(product.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_backward(gate_up, grad_product, grad_gate_up, F: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < F
+    at_gate, at_up = row * 2 * F + column, row * 2 * F + F + column
+    gate = tl.load(gate_up + at_gate, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + at_up, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_product + row * F + column, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    kind = grad_gate_up.dtype.element_ty
+    to_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
+    tl.store(grad_gate_up + at_gate, to_gate.to(kind), mask=inside)
+    tl.store(grad_gate_up + at_up, (grad * silu).to(kind), mask=inside)
+    tl.store(grad_product + row * F + column, (silu * up).to(kind), mask=inside)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    product = gate_up.new_empty(rows, size)
+    block = min(2048, triton.next_power_of_2(size))
+    _swiglu[(rows, triton.cdiv(size, block))](gate_up, product, F=size, BLOCK=block, num_warps=4)
+    return product
+
+
+def swiglu_backward(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    rows, size = grad.shape
+    grad_gate_up = torch.empty_like(gate_up)
+    block = min(2048, triton.next_power_of_2(size))
+    _swiglu_backward[(rows, triton.cdiv(size, block))](
+        gate_up, grad, grad_gate_up, F=size, BLOCK=block, num_warps=4
+    )
+    return grad, grad_gate_up
+
+
+# ---------------------------------------------------------------------------------------------
+# Softmax over the vocabulary
+
+
+@triton.jit
+def _softmax_statistics(
+    logits, targets, logp, logz, V: tl.constexpr, BLOCK: tl.constexpr, IGNORED: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        at = start + column
+        value = tl.load(logits + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
+        new = tl.maximum(largest, value)
+        # In a lane that has seen nothing yet both are -inf, whose difference is not a number.
+        base = tl.where(new == float("-inf"), 0.0, new)
+        total = total * tl.exp(largest - base) + tl.exp(value - base)
+        largest = new
+    top = tl.max(largest, 0)
+    z = top + tl.log(tl.sum(total * tl.exp(largest - top), 0))
+    target = tl.load(targets + row)
+    counts = target != IGNORED
+    value = tl.load(logits + row * V + tl.where(counts, target, 0)).to(tl.float32)
+    tl.store(logp + row, tl.where(counts, value - z, 0.0))
+    tl.store(logz + row, z)
+
+
+@triton.jit
+def _logits_gradient(
+    logits, out, logz, targets, to_logp, to_logz,
+    V: tl.constexpr, BLOCK: tl.constexpr, IGNORED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    target = tl.load(targets + row)
+    counts = target != IGNORED
+    picked = tl.where(counts, tl.load(to_logp + row), 0.0)
+    spread = tl.where(counts, tl.load(to_logz + row), 0.0) - picked
+    value = tl.load(logits + row * V + at, mask=at < V, other=0.0).to(tl.float32)
+    grad = spread * tl.exp(value - tl.load(logz + row)) + tl.where(at == target, picked, 0.0)
+    tl.store(out + row * V + at, grad.to(out.dtype.element_ty), mask=at < V)
+
+
+def softmax_statistics(logits: Tensor, targets: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+    rows, size = logits.shape
+    logp = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    logz = torch.empty_like(logp)
+    block = min(8192, triton.next_power_of_2(size))
+    _softmax_statistics[(rows,)](
+        logits, targets, logp, logz, V=size, BLOCK=block, IGNORED=ignored, num_warps=16
+    )
+    return logp, logz
+
+
+def logits_gradient(
+    logits: Tensor,
+    logz: Tensor,
+    targets: Tensor,
+    to_logp: Tensor,
+    to_logz: Tensor,
+    dtype: torch.dtype,
+    ignored: int,
+) -> Tensor:
+    rows, size = logits.shape
+    out = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
+    block = min(4096, triton.next_power_of_2(size))
+    _logits_gradient[(rows, triton.cdiv(size, block))](
+        logits, out, logz, targets, to_logp, to_logz,
+        V=size, BLOCK=block, IGNORED=ignored, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+# ---------------------------------------------------------------------------------------------
+# 8-bit numbers
+
+
+@triton.jit
+def _quantise_rows(x, out, scales, limit, C: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    value = tl.load(x + row * C + column, mask=column < C, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(value), 0), 1e-12) / limit
+    tl.store(scales + row, scale)
+    scaled = tl.clamp(value / scale, -limit, limit)
+    tl.store(out + row * C + column, scaled.to(out.dtype.element_ty), mask=column < C)
+
+
+def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    rows, size = x.shape
+    out = torch.empty_like(x, dtype=dtype)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(size)
+    _quantise_rows[(rows,)](
+        x, out, scales, torch.finfo(dtype).max, C=size, BLOCK=block,
+        num_warps=min(16, max(4, block // 1024)),
+    )  # fmt: skip
+    return out, scales
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2  # Triton's interpreter
+    return torch.cuda.get_device_properties(device).multi_processor_count

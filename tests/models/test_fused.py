@@ -1,0 +1,112 @@
+"""The fused step against the plain modules: values, gradients, memory; its elementwise steps."""
+
+import copy
+
+import pytest
+import torch
+
+from models.config import ModelConfig
+from models.fused import MEMORY
+from models.transformer import Transformer
+
+CUTS = [[5, 13], [], [23]]
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    hidden = model(*batch)
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(hidden.shape, generator=generator, dtype=torch.float64)
+    hidden.backward(upstream.to(hidden))
+    return hidden.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+@pytest.fixture
+def model(tiny) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(tiny, dtype=torch.float64).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # all ones would hide a norm in the wrong place
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_values_and_gradients_are_those_of_the_modules(model, documents, memory):
+    batch = documents(model.config.vocab_size, 24, CUTS)
+    expected = gradients(model, batch)
+    model.fuse_blocks(memory)
+    ours = gradients(model, batch)
+    # Norms, rotations and SwiGLU are float32 in the modules whatever the dtype.
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fp8_follows_float32_within_its_three_bits(tiny, documents):
+    """Every product rounds to 3 bits of mantissa, so errors of a few percent and no more."""
+    torch.manual_seed(0)
+    model = Transformer(tiny)
+    batch = documents(tiny.vocab_size, 24, CUTS)
+    hidden, exact = gradients(model, batch)
+    model.fuse_blocks(matmul="fp8")
+    rounded, grads = gradients(model, batch)
+    assert 0.005 < relative_error(rounded, hidden) < 0.06
+    for name, grad in grads.items():
+        assert relative_error(grad, exact[name]) < 0.15, name
+
+
+def relative_error(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def test_evaluation_keeps_nothing_and_agrees(model, documents):
+    batch = documents(model.config.vocab_size, 24, CUTS)
+    model.fuse_blocks()
+    with torch.no_grad():
+        hidden = model(*batch)
+    assert hidden.grad_fn is None
+    torch.testing.assert_close(hidden, model(*batch).detach(), rtol=0, atol=0)
+
+
+def test_micro_batches_accumulate(model, documents):
+    """Two backward passes into the same gradients add up."""
+    batch = documents(model.config.vocab_size, 24, CUTS)
+    model.fuse_blocks()
+    model(*batch).sum().backward()
+    single = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model(*batch).sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, 2 * single[name])
+
+
+def test_a_changed_weight_is_used_at_once(model, documents):
+    """Weights are cast at each use: fused AdamW and `data` leave no trace in `_version`."""
+    batch = documents(model.config.vocab_size, 24, CUTS)
+    model.fuse_blocks()
+    model(*batch)
+    model.blocks[0].ffn.down_proj.weight.data.mul_(2)
+    plain = copy.deepcopy(model)
+    plain.fused = None
+    torch.testing.assert_close(model(*batch), plain(*batch), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("matmul", ["bf16", "fp8"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_fused_training_step_on_a_gpu(documents, memory, matmul, head_dim):
+    """Hidden states and gradients in bf16 against the modules in float32 on the CPU."""
+    config = ModelConfig(
+        vocab_size=512, d_model=6 * head_dim, n_layers=4, n_heads=6, n_kv_heads=2, d_ffn=512
+    )
+    torch.manual_seed(0)
+    exact = Transformer(config)
+    ours = Transformer(config, dtype=torch.bfloat16).cuda()
+    ours.load_state_dict(exact.state_dict())
+    ours.fuse_blocks(memory, matmul)
+    for cuts in ([[100, 101], [37]], [[], [5, 128, 200]]):
+        expected = gradients(exact, documents(config.vocab_size, 256, cuts))
+        hidden, grads = gradients(ours, documents(config.vocab_size, 256, cuts, "cuda"))
+        assert relative_error(hidden.cpu(), expected[0]) < (0.02 if matmul == "bf16" else 0.08)
+        whole = [torch.cat([g.flatten().cpu() for g in x.values()]) for x in (grads, expected[1])]
+        assert relative_error(*whole) < (0.03 if matmul == "bf16" else 0.15)

@@ -1,0 +1,138 @@
+"""Each Triton kernel against its definition in plain torch, in higher precision.
+
+On a GPU, or anywhere with Triton's interpreter (numpy < 2.4):
+TRITON_INTERPRET=1 pytest tests/models/test_kernels.py
+"""
+
+import os
+
+import pytest
+import torch
+
+from models import elementwise
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+if INTERPRETED:
+    pytest.importorskip("triton")
+else:
+    pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture
+def kernels():
+    from models import kernels
+
+    return kernels
+
+
+def draw(*shape, dtype=torch.float32):
+    return torch.randn(shape, device="cpu").to(DEVICE, dtype)
+
+
+def check(ours, exact, dtype):
+    """Relative error in norm; shapes and dtypes are the activations'."""
+    assert ours.shape == exact.shape
+    error = (ours.double().cpu() - exact.double().cpu()).norm() / exact.double().norm().cpu()
+    assert error < TOLERANCE[dtype]  # fails for NaN too
+
+
+def exactly(function, *args):
+    """The definition, in float64 on the CPU."""
+    wide = [a.double().cpu() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
+    return function(*[a.cpu() if torch.is_tensor(a) else a for a in wide])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [64, 96, 768])
+@pytest.mark.parametrize("add", [True, False])
+def test_add_norm(kernels, dtype, size, add):
+    x, weight = draw(37, size, dtype=dtype), draw(size)
+    delta = draw(37, size, dtype=dtype) if add else None
+    total, normed = kernels.add_norm(x, delta, weight, 1e-6)
+    exact_total, exact_normed = exactly(elementwise.add_norm, x, delta, weight, 1e-6)
+    assert (total.dtype, normed.dtype) == (dtype, dtype)
+    check(total, exact_total, dtype)
+    check(normed, exact_normed, dtype)
+    grads = kernels.add_norm_backward(total, weight, normed, delta, 1e-6)
+    exact = exactly(elementwise.add_norm_backward, total, weight, normed, delta, 1e-6)
+    for ours, expected in zip(grads, exact, strict=True):
+        check(ours, expected, dtype)
+    assert grads[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [16, 24, 64])
+@pytest.mark.parametrize("inverse", [True, False])
+def test_rotate_heads_in_place_inside_wider_rows(kernels, dtype, size, inverse):
+    packed, angles = draw(45, 5, size, dtype=dtype), draw(45, size // 2)
+    before = packed.clone()
+    rotation = angles.cos(), angles.sin()
+    expected = torch.empty(45, 3, size, dtype=torch.float64)
+    elementwise.rotate_heads(
+        before[:, 1:4].double().cpu(), expected, [r.double().cpu() for r in rotation], inverse
+    )
+    kernels.rotate_heads(packed[:, 1:4], packed[:, 1:4], rotation, inverse)
+    check(packed[:, 1:4], expected, dtype)
+    assert torch.equal(packed[:, [0, 4]], before[:, [0, 4]])
+
+
+def test_rotate_heads_copies_without_angles(kernels):
+    source, out = draw(45, 2, 16), draw(45, 6, 16)
+    kernels.rotate_heads(source, out[:, 3:5], None, False)
+    assert torch.equal(out[:, 3:5], source)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [48, 2048, 2500])
+def test_swiglu(kernels, dtype, size):
+    gate_up, grad = draw(7, 2 * size, dtype=dtype), draw(7, size, dtype=dtype)
+    check(kernels.swiglu(gate_up), exactly(elementwise.swiglu, gate_up), dtype)
+    exact = exactly(elementwise.swiglu_backward, gate_up, grad.clone())
+    for ours, expected in zip(kernels.swiglu_backward(gate_up, grad), exact, strict=True):
+        check(ours, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [37, 20_000])
+def test_softmax_and_its_gradient(kernels, dtype, vocab):
+    logits, targets = draw(9, vocab, dtype=dtype) * 5, torch.randint(vocab, (9,), device=DEVICE)
+    targets[[0, 5]] = -100
+    statistics = kernels.softmax_statistics(logits, targets, -100)
+    exact = exactly(elementwise.softmax_statistics, logits, targets, -100)
+    for ours, expected in zip(statistics, exact, strict=True):
+        check(ours, expected, torch.float32)
+    upstream = draw(9), draw(9)
+    expected = exactly(
+        elementwise.logits_gradient, logits, exact[1], targets, *upstream, torch.float64, -100
+    )
+    for out in (torch.float32, torch.bfloat16):
+        ours = kernels.logits_gradient(logits.clone(), statistics[1], targets, *upstream, out, -100)
+        assert ours.dtype == out
+        check(ours, expected, out)
+
+
+def test_kernels_repeat_to_the_bit(kernels):
+    total, weight, grad = draw(500, 96), draw(96), draw(500, 96)
+    runs = [kernels.add_norm_backward(total, weight, grad, None, 1e-6)[1] for _ in range(3)]
+    assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter cuts 8-bit floats off")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [16, 96, 4096])
+def test_quantise_rows(kernels, dtype, size):
+    x = draw(11, size, dtype=dtype) * torch.logspace(-4, 4, 11, device=DEVICE)[:, None].to(dtype)
+    x[3] = 0
+    rounded, scales = kernels.quantise_rows(x, torch.float8_e4m3fn)
+    restored = rounded.float() * scales
+    largest = x.float().abs().amax(1, keepdim=True)
+    # Half a unit in the last of 3 bits, and half the smallest number of the format.
+    assert ((restored - x.float()).abs() <= x.float().abs() / 16 + largest / 448 / 1024).all()
+    assert not restored[3].any()
+    expected, expected_scales = elementwise.quantise_rows(x.cpu(), torch.float8_e4m3fn)
+    torch.testing.assert_close(scales.cpu(), expected_scales)
+    assert (rounded.cpu().float() != expected.float()).float().mean() < 0.01
