@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
 
     base = state or setup.load_base(args, BASE_STAGES, config.model)
     tokenizer = Tokenizer.from_state(base["tokenizer"])
-    template = load_template(base, args)
+    template = setup.load_template(base, args)
     pairs = prepare_pairs(config.data, tokenizer, template, dist)
 
     is_verifier = config.preference.is_verifier
@@ -157,16 +157,6 @@ def main(argv: list[str]) -> None:
     if done and is_verifier:
         training.identity["head"] = HEAD | score_statistics(model, held_out, dist)
     setup.finish(training, args, run, checkpointer, dist, done)
-
-
-def load_template(base: dict, args: CommandLine) -> ChatTemplate:
-    """The chat template that the base model was trained with."""
-    if base["chat_template"] is None:
-        raise ConfigError(
-            f"--base-model {args.base_model} has no chat template: train it with train_sft.py "
-            "first and pass that run's final checkpoint"
-        )
-    return ChatTemplate.from_state(base["chat_template"])
 
 
 def prepare_pairs(

@@ -279,6 +279,7 @@ def _log(training: Training, metrics: MetricsLog) -> None:
         "train/lr": training.optimizer.param_groups[0]["lr"],
         **training.stability.review(training.step, skipped),
         "train/tokens": training.tokens,
+        **training.measures(),
         **training.cost.metrics(training.step, training.schedule.total_steps),
         **_memory(),
     }

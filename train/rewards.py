@@ -206,11 +206,19 @@ class RewardConfig(Config):
     """Weight of the verifier by rule."""
     model_weight: float = 0.0
     """Weight of the model given as --verifier-model, its scores standardised."""
+    score_mean: float = 0.0
+    """Mean score of a verifier in transformers' format; a checkpoint of ours has its own."""
+    score_deviation: float = 1.0
+    """And their standard deviation."""
 
     def problems(self) -> Iterator[Problem]:
         for key in ("rule_weight", "model_weight"):
             if getattr(self, key) < 0:
                 yield Problem((key,), f"{key} ({getattr(self, key)}) is negative")
+        if self.score_deviation <= 0:
+            yield Problem(
+                ("score_deviation",), f"score_deviation ({self.score_deviation}) must be above 0"
+            )
         if self.rule_weight == self.model_weight == 0:
             yield Problem(
                 ("rule_weight", "model_weight"), "rule_weight and model_weight are both 0"

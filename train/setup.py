@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import torch
 
+from data.chat import ChatTemplate
 from models.config import ModelConfig
 from models.fp8 import fp8_obstacle
 from models.fused import MEMORY
@@ -139,10 +140,15 @@ def shape_problems(train: TrainConfig, seq_len: int, model: ModelConfig) -> Iter
         )
 
 
-def print_plan(config: Config, seq_len: int) -> None:
-    """What `--dry-run` shows: the run's size, memory, time and cost, without network or data."""
+def print_plan(config: Config, seq_len: int, batch_tokens: int | None = None) -> None:
+    """What `--dry-run` shows: the run's size, memory, time and cost, without network or data.
+
+    Args:
+        batch_tokens: tokens per step where the config does not fix them.
+    """
     model, train = config.model, config.train
-    tokens = train.total_steps * train.batch_tokens
+    batch_tokens = batch_tokens or train.batch_tokens
+    tokens = train.total_steps * batch_tokens
     flops = model.flops_per_token(seq_len) * tokens
     memory = model.memory_gib(train.micro_batch, seq_len)
     device = cost_tracker.find_device(config.cost.device or cost_tracker.PROJECTION_DEVICE)
@@ -150,7 +156,7 @@ def print_plan(config: Config, seq_len: int) -> None:
     parts = " + ".join(f"{part} {gib:.1f}" for part, gib in memory.items() if part != "total")
     rows = {
         "parameters": f"{model.n_params:,}",
-        "tokens per step": f"{train.batch_tokens:,}",
+        "tokens per step": f"{batch_tokens:,}",
         "micro-batch": f"{train.micro_batch} rows of {seq_len:,}",
         "steps": f"{train.total_steps:,}",
         "tokens": f"{tokens:,} ({tokens / model.n_params:.1f} per parameter)",
@@ -241,6 +247,20 @@ def load_base(args: CommandLine, stages: Sequence[str], model: ModelConfig) -> d
             + "\nset model: to the file that the checkpoint was trained with"
         )
     return base
+
+
+def load_template(base: dict, args: CommandLine) -> ChatTemplate:
+    """The chat template that the base model was trained with.
+
+    Raises:
+        ConfigError: it is of a pretraining run and has none.
+    """
+    if base["chat_template"] is None:
+        raise ConfigError(
+            f"--base-model {args.base_model} has no chat template: train it with train_sft.py "
+            "first and pass that run's final checkpoint"
+        )
+    return ChatTemplate.from_state(base["chat_template"])
 
 
 def expected_steps(config: Config) -> int:

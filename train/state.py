@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -48,6 +48,7 @@ class Training:
     loader: Iterator[list[Batch]]
     cost: CostTracker
     identity: dict
+    measures: Callable[[], dict[str, float]] = dict  # what a stage logs besides
     step: int = 0
     tokens: int = 0
     evaluated_at: int = -1

@@ -59,6 +59,13 @@ class Distributed:
             for tensor in [*module.parameters(), *module.buffers()]:
                 dist.broadcast(tensor.detach(), src=0)
 
+    def all_gather(self, value: object) -> list:
+        """What each rank has, in their order; of small Python objects."""
+        gathered = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(gathered, value)
+        return gathered
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         if self.world_size > 1:
