@@ -204,12 +204,15 @@ def test_good_data_is_hardly_ever_skipped(never_saw):
     assert never_saw.last["stability/skipped_steps"] <= 1
 
 
-def test_without_the_gate_bad_data_is_learned_from(tmp_path):
-    faults = span(110, 18, "noise")
+def test_without_the_gate_bad_data_is_learned_from(never_saw, tmp_path):
+    """To the end of the run, so that nothing makes it good: the tolerance above is no formality."""
+    faults = span(238, 22, "noise")
+    gate = Finished(tmp_path / "gate", faults)
     without = Finished(tmp_path / "without", faults, QUICK.model_copy(update={"sigma": None}))
     assert without.last["stability/skipped_steps"] == 0
-    lines = training_lines(tmp_path / "without/metrics.jsonl")
-    assert lines[130]["train/loss"] > lines[108]["train/loss"] + 0.05
+    assert without.loss > never_saw.loss + 0.03
+    assert gate.last["stability/skipped_steps"] == 22
+    assert gate.loss == pytest.approx(never_saw.loss, abs=0.02)
 
 
 def test_a_cut_halves_the_rate_and_ends(tmp_path):
