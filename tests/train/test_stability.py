@@ -205,13 +205,14 @@ def test_good_data_is_hardly_ever_skipped(never_saw):
 
 
 def test_without_the_gate_bad_data_is_learned_from(never_saw, tmp_path):
-    """To the end of the run, so that nothing makes it good: the tolerance above is no formality."""
-    faults = span(238, 22, "noise")
-    gate = Finished(tmp_path / "gate", faults)
+    """Until the end of the run, so that nothing makes it good; with the gate the data is passed
+    over, in one rollback after the other, and the run goes on after it."""
+    faults, patient = span(200, 60, "noise"), QUICK.model_copy(update={"max_rollbacks": 10})
+    gate = Finished(tmp_path / "gate", faults, patient)
     without = Finished(tmp_path / "without", faults, QUICK.model_copy(update={"sigma": None}))
     assert without.last["stability/skipped_steps"] == 0
-    assert without.loss > never_saw.loss + 0.03
-    assert gate.last["stability/skipped_steps"] == 22
+    assert without.loss > never_saw.loss + 0.2
+    assert gate.last["stability/skipped_steps"] == 60
     assert gate.loss == pytest.approx(never_saw.loss, abs=0.02)
 
 
