@@ -108,7 +108,11 @@ def load_stage_config(path: Path, overrides: list[str], stage: str | None) -> Co
 
 
 def config_class(script: str) -> type[Config]:
-    """A stage script's own config: the one class in it that has a model and data."""
+    """A stage script's own config: the one class in it that has a model and data.
+
+    Nothing else imports a script. A config is only known to be right when the stage itself reads
+    it, and this script is run by hand, before any of them.
+    """
     module = importlib.import_module(script)
     return next(
         value
@@ -147,7 +151,7 @@ def machine_checks(config: Any) -> Iterator[Check]:
             print(f"      the config's model needs {needed:.1f} GiB: checking smol_tiny instead")
     on_gpu = device.type == "cuda"
     name = runtime.precision if runtime.precision != "auto" else ("bf16" if on_gpu else "fp32")
-    dtype = PRECISIONS[name]
+    dtype = PRECISIONS.get(name, torch.bfloat16)
     kernel = runtime.attention
     yield "attention kernels", sanity.check_attention, kernel, device, dtype, shape.head_dim
     yield "parameter counts", sanity.check_parameter_counts, own
