@@ -14,7 +14,7 @@ skip a step on the device. Left out: sharing the iterations between GPUs (each d
 and matrices of other shapes than two dimensions.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest at zero; end between 0.7 and 1.2, not at 1
 ITERATIONS = 5
 UPDATE_RMS = 0.2
+STACK_ELEMENTS = 2**26  # 256 MiB of float32; a step holds about five such
 
 
 class Muon(torch.optim.AdamW):
@@ -83,10 +84,12 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     return (x.mT if tall else x).float()
 
 
-def _by_shape(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-    """The parameters that have a gradient, those of equal shape together."""
-    stacks: dict[torch.Size, list[Tensor]] = {}
+def _by_shape(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The parameters that have a gradient, those of equal shape together, up to a stack's size."""
+    alike: dict[torch.Size, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            stacks.setdefault(parameter.shape, []).append(parameter)
-    return list(stacks.values())
+            alike.setdefault(parameter.shape, []).append(parameter)
+    for shape, matrices in alike.items():
+        most = max(1, STACK_ELEMENTS // shape.numel())
+        yield from (matrices[i : i + most] for i in range(0, len(matrices), most))

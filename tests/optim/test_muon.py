@@ -9,6 +9,7 @@ import torch
 from models.config import ModelConfig
 from models.transformer import Transformer
 from models.verifier import Verifier
+from optim import muon
 from optim.muon import orthogonalized
 from optim.optimizer import OptimConfig, make_optimizer
 from optim.scheduler import Schedule, ScheduleConfig
@@ -54,9 +55,11 @@ def test_the_matrices_of_the_blocks_are_muons_and_the_rest_is_adamws():
     assert sum(map(len, members.values())) == len(names)
 
 
-def test_it_is_torchs_muon_and_adamw():
+@pytest.mark.parametrize("elements", [2**26, 2 * 16 * 24, 1])  # all, two matrices, one
+def test_it_is_torchs_muon_and_adamw(elements, monkeypatch):
     """Ten steps of rates that change; where a stack is multiplied as its matrices are, as on the
     CPUs tried, the ways walked differ by 5e-7 of their lengths."""
+    monkeypatch.setattr(muon, "STACK_ELEMENTS", elements)
     model, optimizer = start()
     reference = copy.deepcopy(model)
     inside = [p for n, p in reference.named_parameters() if n.endswith("_proj.weight")]
