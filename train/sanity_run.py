@@ -65,7 +65,9 @@ def check_device(device: torch.device, needed_gib: float | None) -> Result:
         return passed(f"{name}: {free:.1f} GiB free")
     told = f"{name}: {free:.1f} GiB free, {needed_gib:.1f} GiB estimated for the run"
     if needed_gib > free:
-        return failed(told, "halve train.micro_batch, the result stays the same; or free memory")
+        return failed(
+            told, "halve train.micro_batch (the result stays the same), or take a larger device"
+        )
     return passed(told)
 
 
@@ -218,18 +220,18 @@ def check_disk(config: Any) -> Result:
     cache = getattr(config.data, "cache_dir", None)
     if cache is not None:
         needs[Path(cache)] = _token_bytes(config)
-    disks: dict[int, tuple[Path, int]] = {}  # device number -> a place on it, bytes still needed
-    for place, size in needs.items():
-        device = _existing(place).stat().st_dev
-        earlier = disks.get(device, (place, 0))[1]
-        disks[device] = (place, earlier + max(0, size - _size(place)))
+    disks: dict[int, list[Path]] = {}  # device number -> the places on it
+    for place in needs:
+        disks.setdefault(_existing(place).stat().st_dev, []).append(place)
     told = []
-    for place, size in disks.values():
-        free = shutil.disk_usage(_existing(place)).free
-        told.append(f"{place}: {human_bytes(size)} needed, {human_bytes(free)} free")
+    for places in disks.values():
+        size = sum(max(0, needs[place] - _size(place)) for place in places)
+        free = shutil.disk_usage(_existing(places[0])).free
+        names = " and ".join(map(str, places))
+        told.append(f"{names}: {human_bytes(size)} needed, {human_bytes(free)} free")
         if size > free:
             return failed(
-                f"{told[-1]}",
+                told[-1],
                 "make room, lower train.keep_checkpoints, or set runs_dir and data.cache_dir to "
                 "a larger disk",
             )
