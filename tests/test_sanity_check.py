@@ -94,7 +94,7 @@ def test_checkpoint(tmp_path, monkeypatch):
     right = checkpoint.load
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "load", lambda path: torch.load(path, weights_only=True))
-        assert_failed(check_checkpoint(tmp_path), "")
+        assert_failed(check_checkpoint(tmp_path), "a flipped bit is taken for good")
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "load", lambda path: right(path) | {"step": 2})
         assert_failed(check_checkpoint(tmp_path), "not read back as it was written")
