@@ -266,7 +266,7 @@ def test_a_config_is_checked_and_its_faults_are_found(config, tmp_path, capsys):
     assert "FAIL  device" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "rlvr"])
 def test_the_configs_of_all_stages(stage, tmp_path, capsys):
     argv = ("--config", str(ROOT / f"configs/demo/{stage}.yaml"), f"runs_dir={tmp_path}")
     assert check(*argv, f"data.cache_dir={tmp_path}") == 0

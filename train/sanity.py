@@ -276,7 +276,7 @@ def check_overfitting(config: OptimConfig, device: torch.device, steps: int = 60
         make_optimizer(model.named_parameters(), config),
         Schedule(ScheduleConfig(decay_fraction=0.0), steps),
         iter(()),
-        CostTracker(None, None, steps),
+        CostTracker(None, None),
         {},
     )
     batch = random_batch(model, [20, 44])
