@@ -268,8 +268,8 @@ def test_a_config_is_checked_and_its_faults_are_found(config, tmp_path, capsys):
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "rlvr"])
 def test_the_configs_of_all_stages(stage, tmp_path, capsys):
-    argv = ("--config", str(ROOT / f"configs/demo/{stage}.yaml"), f"runs_dir={tmp_path}")
-    assert check(*argv, f"data.cache_dir={tmp_path}") == 0
+    file = ROOT / f"configs/demo/{stage}.yaml"
+    assert check("--config", str(file), f"runs_dir={tmp_path}") == 0
     assert "PASS  source" in capsys.readouterr().out
 
 
