@@ -24,7 +24,7 @@ import torch
 
 from data.packing import Batch
 from models.transformer import Transformer
-from train.stability import StabilityConfig, roll_back
+from train.stability import StabilityConfig, roll_back, update_norm, watched_weights
 from train.state import Training
 from utils.checkpoint import Checkpointer
 from utils.config import Config, ConfigError, Problem
@@ -179,8 +179,12 @@ def train_step(
     clip_norm: float,
     dist: Distributed,
     stop: StopRequest | None = None,
+    watch: bool = False,
 ) -> bool:
     """One optimizer step over this rank's micro-batches; nothing here waits for the device.
+
+    Args:
+        watch: measure the update too, for the line that follows.
 
     Returns:
         False when a stop was requested meanwhile: nothing has changed then.
@@ -201,10 +205,13 @@ def train_step(
     reduced = dist.all_reduce_sum(torch.stack([*sums.values()]))
     sums = dict(zip(sums, reduced.unbind(), strict=True))
     dist.all_reduce_gradients(training.model.parameters())
+    before = watched_weights(training.model) if watch else None
     good, norm = _update(training, sums["loss"] / weight, clip_norm)
 
     kept = good.double()
     averages = {name: torch.where(good, value.double(), 0.0) for name, value in sums.items()}
+    if before is not None:
+        averages["update_norm"] = update_norm(training.model, before)
     averages["weight"] = weight * kept
     averages["grad_norm"] = torch.where(good, norm, 0.0)
     averages["steps"], averages["skipped"] = kept, 1 - kept
@@ -218,8 +225,8 @@ def _update(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Clip and step, or skip a bad step; returns (whether it was good, gradient norm) tensors.
 
-    Fused AdamW divides the gradients by `grad_scale` and leaves everything untouched, its step
-    count included, where `found_inf` is 1: the interface that torch's GradScaler uses.
+    Fused AdamW and Muon divide the gradients by `grad_scale` and leave everything untouched, their
+    step counts included, where `found_inf` is 1: the interface that torch's GradScaler uses.
     """
     optimizer = training.optimizer
     gradients = [p.grad for p in training.model.parameters() if p.grad is not None]
@@ -251,8 +258,11 @@ def _step_and_log(
     stop: StopRequest,
 ) -> None:
     training.boundary = training.position()
+    logged = (training.step + 1) % config.log_every == 0
     try:
-        stepped = train_step(training, next(training.loader), loss_fn, config.clip_norm, dist, stop)
+        stepped = train_step(
+            training, next(training.loader), loss_fn, config.clip_norm, dist, stop, watch=logged
+        )
     except torch.cuda.OutOfMemoryError as error:
         raise ConfigError(
             "the GPU is out of memory; halve train.micro_batch: batch_tokens, and with it the "
@@ -261,7 +271,7 @@ def _step_and_log(
     if not stepped:
         return  # the boundary before it is what will be saved
     training.boundary = None
-    if training.step % config.log_every == 0:
+    if logged:
         _log(training, metrics)
 
 
@@ -270,14 +280,16 @@ def _log(training: Training, metrics: MetricsLog) -> None:
     taken = training.averages.take()
     steps, weight = max(taken.pop("steps"), 1.0), max(taken.pop("weight"), 1.0)
     norm, skipped = taken.pop("grad_norm") / steps, int(taken.pop("skipped"))
+    update, rate = taken.pop("update_norm"), training.optimizer.param_groups[0]["lr"]
     means = {
         name if "/" in name else f"train/{name}": value / weight for name, value in taken.items()
     }
     values = {
         **means,
         "train/grad_norm": norm,
-        "train/lr": training.optimizer.param_groups[0]["lr"],
+        "train/lr": rate,
         **training.stability.review(training.step, skipped),
+        **training.stability.watch(update, rate),
         "train/tokens": training.tokens,
         **training.measures(),
         **training.cost.metrics(training.step, training.schedule.total_steps),

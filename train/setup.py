@@ -39,10 +39,14 @@ RESUME_MAY_CHANGE = (
     "train.save_every_hours", "train.keep_checkpoints", "train.mirror_dir",
     "train.stability", "train.wandb_project", "runtime", "cost", "runs_dir", "data.cache_dir",
 )  # fmt: skip
-# A run branched off another's checkpoint may also change where it goes from there.
+# A run branched off another's checkpoint may also change where it goes from there; not
+# `optim.kind`, since one optimizer's state is of no use to another.
 BRANCH_MAY_CHANGE = (
-    *RESUME_MAY_CHANGE, "name", "schedule", "optim", "train.steps", "train.tokens", "train.epochs",
+    *RESUME_MAY_CHANGE, "name", "schedule", "train.steps", "train.tokens", "train.epochs",
+    "optim.lr", "optim.weight_decay", "optim.betas", "optim.eps", "optim.muon_lr",
+    "optim.muon_momentum",
 )  # fmt: skip
+OPTIM_VALUES = ("initial_lr", "weight_decay", "betas", "eps", "momentum")  # of a parameter group
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -361,7 +365,7 @@ def restore(training: Training, state: dict | None) -> None:
         return
     optimizer = training.optimizer
     configured = [
-        {key: group[key] for key in ("initial_lr", "weight_decay", "betas", "eps")}
+        {key: group[key] for key in OPTIM_VALUES if key in group}
         for group in optimizer.param_groups
     ]
     training.load_state_dict(state)
@@ -387,7 +391,7 @@ def make_cost_tracker(config: CostConfig, dist: Distributed) -> CostTracker:
 def open_log(path: Path, training: Training, dist: Distributed) -> MetricsLog:
     """A run's metrics or samples, cut back to where it goes on; the first process alone writes.
 
-    The metrics go to W&B as well where the config asks for it.
+    The metrics go to W&B as well where the config asks for it; the others are cut back with them.
     """
     if not dist.is_main:
         return MetricsLog(os.devnull)
@@ -395,7 +399,9 @@ def open_log(path: Path, training: Training, dist: Distributed) -> MetricsLog:
     log.cut_back(training.step, evaluated=training.evaluated_at == training.step)
     config = training.identity["config"]
     project = config["train"]["wandb_project"]
-    if project and path.name == "metrics.jsonl":
+    if path.name != "metrics.jsonl":
+        training.logs.append(log)
+    elif project:
         log.wandb = WandbLog(project, path.parent, config)
     return log
 

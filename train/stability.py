@@ -13,13 +13,18 @@ them. The host counts them when it logs: from `cut_after` on the learning rate i
 last checkpoint that was saved in calm is loaded. The data goes on where it is, past the bad span.
 After `max_rollbacks` in a row the run stops.
 
+**Watch.** A spike is judged before the step; what the step then did to the weights is looked at on
+the steps that are logged: the norm of the update, from every 61st weight (which tells it within
+some percent, and needs no second copy of the weights), relative to the learning rate, scored
+against its last `window` values. An update cannot be skipped any more, and both optimizers bound it
+by their rate, so an unusual one is a warning and a metric, and escalates nothing.
+
 Sources: window and sigma are those of OLMo-core's SkipStepOptimizer (AI2, 2024), which keeps
 outliers in its window and never escalates; skipping a span of data after going back to an earlier
 checkpoint is PaLM's remedy (Chowdhery et al. 2022, section 5.1: 200 to 500 batches). The floor of
 one percent keeps a memorised data set, whose losses hardly differ, from being all spikes.
 
-Left out: spikes within the first half window, usually the warm-up, unless they are not finite; and
-the update's norm, which needs a second copy of the weights: AdamW bounds it by the rate.
+Left out: spikes within the first half window, usually the warm-up, unless they are not finite.
 """
 
 from __future__ import annotations
@@ -39,6 +44,7 @@ if TYPE_CHECKING:
     from train.state import Training
 
 RELATIVE_FLOOR = 0.01
+WATCHED_STRIDE = 61  # a prime, so that every column of a matrix is met
 
 
 class StabilityConfig(Config):
@@ -89,6 +95,7 @@ class Stability:
         self.rollbacks_in_row = 0
         self.skipped_spans: list[list[int]] = []  # [step gone back to, step reached before]
         self.rollback_due = False
+        self.update_ratios: list[float] = []  # update norm over learning rate, at the last lines
 
     def accept(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         """Whether to keep a step with this mean loss and gradient norm: a bool on the device."""
@@ -151,6 +158,23 @@ class Stability:
             "stability/steps_undone": sum(end - start for start, end in self.skipped_spans),
         }
 
+    def watch(self, norm: float, rate: float) -> dict[str, float]:
+        """Score the norm of an update made at this learning rate; a skipped one (0) only shows."""
+        z = 0.0
+        if self.config is not None and norm > 0 and rate > 0:
+            ratio, window = norm / rate, self.config.window
+            past = torch.zeros(1, window)
+            self.update_ratios = self.update_ratios[-window:]  # a resumed run may shorten it
+            past[0, : len(self.update_ratios)] = torch.tensor(self.update_ratios)
+            z = _scores(torch.tensor([ratio]), past, torch.tensor(len(self.update_ratios))).item()
+            self.update_ratios.append(ratio)
+            if z > (self.config.sigma or math.inf):
+                get_logger().warning(
+                    f"the last update was unusually large: {ratio:.3g} times the learning rate, "
+                    f"{z:.1f} deviations above the mean of the lines before"
+                )
+        return {"stability/update_norm": norm, "stability/update_norm_z": z}
+
     def _escalate(self, step: int, in_row: int) -> None:
         config = self.config
         if in_row >= config.rollback_after:
@@ -188,7 +212,7 @@ class Stability:
 
     def state_dict(self) -> dict[str, Any]:
         keys = ("device_state", "skipped_steps", "cut_until", "rollbacks_in_row", "skipped_spans")
-        return {key: getattr(self, key) for key in keys}
+        return {key: getattr(self, key) for key in (*keys, "update_ratios")}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         for key, value in state.items():
@@ -197,14 +221,26 @@ class Stability:
 
 
 def _scores(values: torch.Tensor, history: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """How many deviations `values` (2,) lie above `history` (2, window); 0 while it is short."""
+    """How many deviations `values` (k,) lie above `history` (k, window); 0 while it is short."""
     window = history.shape[1]
     filled = torch.arange(window, device=values.device) < kept
     count = filled.sum().clamp(min=1)
-    mean = (history * filled).sum(1) / count  # (2,)
+    mean = (history * filled).sum(1) / count  # (k,)
     deviation = (((history - mean[:, None]) ** 2 * filled).sum(1) / count).sqrt()
     scale = torch.maximum(deviation, RELATIVE_FLOOR * mean.abs()).clamp(min=1e-12)
     return torch.where(kept >= window // 2, (values - mean) / scale, 0.0)
+
+
+def watched_weights(model: torch.nn.Module) -> torch.Tensor:
+    """A copy of every `WATCHED_STRIDE`-th weight that learns, by which an update is measured."""
+    learning = (p.detach().flatten() for p in model.parameters() if p.requires_grad)
+    return torch.cat([weights[::WATCHED_STRIDE] for weights in learning])
+
+
+def update_norm(model: torch.nn.Module, before: torch.Tensor) -> torch.Tensor:
+    """The norm of what a step added to all weights, told from the watched ones; on the device."""
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return (watched_weights(model) - before).norm() * math.sqrt(learning / len(before))
 
 
 def roll_back(
@@ -224,7 +260,8 @@ def roll_back(
     training.stability.rolled_back(state["stability"], [training.step, reached])
     get_logger().warning(f"rolled back from step {reached:,} to {path}; the data goes on")
     if dist.is_main:
-        metrics.cut_back(training.step, evaluated=training.evaluated_at == training.step)
+        for log in (metrics, *training.logs):
+            log.cut_back(training.step, evaluated=training.evaluated_at == training.step)
 
 
 def _saved_in_calm(state: dict) -> bool:

@@ -13,6 +13,7 @@ from optim.scheduler import Schedule
 from train.stability import Stability
 from utils.checkpoint import FORMAT_VERSION
 from utils.cost_tracker import CostTracker
+from utils.logging import MetricsLog
 from utils.seed import rng_state, set_rng_state
 
 
@@ -54,6 +55,7 @@ class Training:
     evaluated_at: int = -1
     averages: Averages = field(default_factory=Averages)
     stability: Stability = field(default_factory=Stability)
+    logs: list[MetricsLog] = field(default_factory=list)  # beside the metrics; cut back with them
     boundary: dict | None = None  # loader and generators before a step that is not finished
 
     def weights(self) -> dict:

@@ -70,6 +70,20 @@ def test_restoring_brings_back_the_newest_and_the_metrics(run, folder):
     assert not Mirror(run, folder).restore(newer_than="step_00000020.pt")
 
 
+def test_all_that_a_run_writes_is_mirrored_and_comes_back(run, folder):
+    """The names are those that `open_run`, W&B and the report write."""
+    save(run, 10)
+    for name in ("config.yaml", "versions.yaml", "samples.jsonl", "wandb_id.txt", "report.html"):
+        (run / name).write_text(name)
+    (run / "tiny_final.pt").write_bytes(b"weights")
+    copy_now(run, folder)
+    before = files(run)
+    assert files(folder / "tiny") == before
+    shutil.rmtree(run)
+    assert Mirror(run, folder).restore()
+    assert files(run) == {k: v for k, v in before.items() if k != "tiny_final.pt"}
+
+
 def test_restoring_passes_over_a_damaged_copy(run, folder):
     for step in (10, 20):
         save(run, step)
