@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from lm_eval.api.instance import Instance
@@ -38,16 +39,29 @@ from tqdm import tqdm
 
 from data.chat import ChatTemplate, Message, render, render_prompt
 from data.tokenizer import Tokenizer
-from models.generate import generate
+from models import generate
+from models.generate import Engine
+from models.sampling import Sampling
 from models.transformer import Transformer
 from train.likelihood import Request, Score, score
 from utils.logging import get_logger
 from utils.seed import derive
 
-# Answers written at once: results are kept after each group. Without stop strings in the engine a
-# larger group would wait longer for its longest answer.
-GENERATED_AT_ONCE = 64
-KNOWN_SETTINGS = {"do_sample", "temperature", "top_k", "top_p", "until", "max_gen_toks"}
+# Answers written at once. At 600M and a context of 2,048 their keys and values take 26 GB.
+GPU_SLOTS = 256
+CPU_SLOTS = 16
+SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+KNOWN_SETTINGS = {"do_sample", "until", "max_gen_toks", *SAMPLING_SETTINGS}
+
+
+class Question(NamedTuple):
+    """A prompt to answer; those of which all but the first two are alike share an engine."""
+
+    prompt: list[int]
+    seed: int
+    new_tokens: int
+    until: list[str]
+    sampling: dict[str, float]
 
 
 class ChatContext(str):
@@ -246,23 +260,22 @@ class HarnessModel(TemplateLM):
         return [Score(*done.results[key]) for key in keys]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        arguments = [self._generation(number, *r.args) for number, r in enumerate(requests)]
+        asked = [self._question(number, *r.args) for number, r in enumerate(requests)]
         done = self.finished
-        keys = [done.key("text", *values) for values in arguments]
-        todo = [i for i, key in enumerate(keys) if key not in done.results]
-        # Alike settings together, and in each group prompts of like lengths.
-        todo.sort(key=lambda i: (repr(arguments[i][1:3]), -len(arguments[i][0])))
-        with tqdm(total=len(keys), initial=len(keys) - len(todo), desc="answers") as bar:
-            for some in _groups(todo, lambda i: repr(arguments[i][1:3]), GENERATED_AT_ONCE):
-                texts = self._complete([arguments[i] for i in some])
-                done.add((keys[i], text) for i, text in zip(some, texts, strict=True))
-                bar.update(len(some))
+        keys = [done.key("text", *question) for question in asked]
+        alike: dict[str, list[int]] = {}  # what one engine can answer
+        for i, key in enumerate(keys):
+            if key not in done.results:
+                alike.setdefault(repr(asked[i][2:]), []).append(i)
+        left = sum(map(len, alike.values()))
+        with tqdm(total=len(keys), initial=len(keys) - left, desc="answers") as bar:
+            for members in alike.values():
+                for number, text in self._answers([asked[i] for i in members]):
+                    done.add([(keys[members[number]], text)])
+                    bar.update()
         return [done.results[key] for key in keys]
 
-    def _generation(
-        self, number: int, context: str, settings: dict[str, Any]
-    ) -> tuple[list[int], dict[str, Any], list[str], int]:
-        """Prompt, settings of `generate`, stop strings and seed of a request."""
+    def _question(self, number: int, context: str, settings: dict[str, Any]) -> Question:
         values = dict(normalize_gen_kwargs(settings))
         if unknown := sorted(values.keys() - KNOWN_SETTINGS):
             get_logger().warning(f"generation settings without effect: {', '.join(unknown)}")
@@ -272,32 +285,33 @@ class HarnessModel(TemplateLM):
         head, tail = self._split(context)
         prompt = (head + self.text.encode(tail))[-(self.max_length - new) :]
         sampled = values["do_sample"]
-        options = {"max_new_tokens": new, "temperature": values["temperature"] if sampled else 0.0}
-        options |= {key: values[key] for key in ("top_k", "top_p") if sampled and key in values}
+        sampling = {key: values[key] for key in SAMPLING_SETTINGS if sampled and key in values}
         eos = self.text.decode([self.eot_token_id], skip_special=False)
         until = handle_stop_sequences(list(values.get("until") or []), eos)
         seed = derive(self.seed, number) if sampled else 0
-        return prompt, options, until, seed
+        return Question(prompt, seed, new, until, sampling or {"temperature": 0.0})
 
-    def _complete(self, group: list[tuple]) -> list[str]:
-        """Answers to prompts of one group, each cut off at its first stop string.
+    def _answers(self, questions: list[Question]) -> Iterator[tuple[int, str]]:
+        """The number and text of each answer as it is done, cut off at its first stop string."""
+        new, until, sampling = questions[0][2:]
+        slots = GPU_SLOTS if self.model.device.type == "cuda" else CPU_SLOTS
+        engine = Engine(
+            self.model,
+            min(slots, len(questions)),
+            max(len(question.prompt) for question in questions) + new,
+            sampling=Sampling(**sampling),
+            stop_ids={self.eot_token_id},
+            stop_when=partial(self._has_stopped, until, max(len(s.encode()) for s in until)),
+        )
+        requests = (generate.Request(q.prompt, q.new_tokens, q.seed) for q in questions)
+        for completion in engine.run(requests):
+            text = self.text.decode(completion.answer)
+            yield completion.index, postprocess_generated_text(text, until, None)
 
-        The engine does not know stop strings: it goes on to EOS or to the limit, and the text is
-        cut afterwards.
+    def _has_stopped(self, until: list[str], longest: int, tokens: list[int]) -> bool:
+        """Whether the last tokens spell a stop string of at most `longest` bytes.
+
+        Two more are read, since a character may be cut in two and a space at the start be lost.
         """
-        prompts, (options, *_), (until, *_), seeds = zip(*group, strict=True)
-        new = generate(self.model, prompts, **options, stop_ids={self.eot_token_id}, seed=seeds)
-        texts = [self.text.decode(ids) for ids in new]
-        return [postprocess_generated_text(text, until, None) for text in texts]
-
-
-def _groups(items: Iterable, key: Callable, size: int) -> Iterable[list]:
-    """Runs of neighbours with the same key, at most `size` long."""
-    group: list = []
-    for item in items:
-        if group and (len(group) == size or key(item) != key(group[0])):
-            yield group
-            group = []
-        group.append(item)
-    if group:
-        yield group
+        text = self.text.decode(tokens[-longest - 2 :])
+        return any(stop in text for stop in until if stop)

@@ -6,7 +6,7 @@
 
 Three things make it fast. Requests of all lengths lie in rows of one length, packed by best fit,
 longest first, with the document mask of training: nothing is padded but the ends of rows, and on a
-GPU every batch has the same shape, so that the model is compiled once. Only the states that predict
+GPU every batch has the same shape, so that nothing is compiled twice. Only the states that predict
 a continuation reach the head, which costs as much as several layers. And a request whose tokens
 begin another's is not computed: the answers " A", " B", " C" and " D" to one question all are read
 off its last state.
@@ -18,7 +18,6 @@ the tokens.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from torch import Tensor
 from data.packing import IGNORE, Piece, best_fit, make_batch
 from data.tokenizer import Tokenizer
 from models.config import HEAD_CHUNK_TOKENS
+from models.elementwise import softmax_statistics
 from models.transformer import Transformer
 
 # Tokens that go through the model at once. A GPU is busy from about 30K on; on a CPU a few rows are
@@ -205,35 +205,15 @@ def target_scores(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> tuple
     Returns:
         (P,) float32 and (P,) bool.
     """
-    on_gpu = hidden.is_cuda
-    size = HEAD_CHUNK_TOKENS if on_gpu else CPU_CHUNK_TOKENS
-    weight = head_weight.to(hidden.dtype if on_gpu else head_weight.dtype)
-    scores = _compiled(_chunk_scores) if on_gpu else _chunk_scores
-    count = len(targets)
-    if on_gpu:  # chunks of one shape: compiled once
-        room = -count % size
-        hidden = torch.cat([hidden, hidden.new_zeros(room, hidden.shape[1])])
-        targets = torch.cat([targets, targets.new_zeros(room)])
-    parts = [
-        scores(hidden[i : i + size].to(weight.dtype), weight, targets[i : i + size])
-        for i in range(0, len(targets), size)
-    ]
-    logprobs, greedy = zip(*parts, strict=True)
-    return torch.cat(logprobs)[:count], torch.cat(greedy)[:count]
-
-
-def _chunk_scores(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    if hidden.dtype in (torch.bfloat16, torch.float16):
-        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)  # (n, V)
-    else:
-        logits = hidden @ weight.T
-    chosen = logits.gather(-1, targets[:, None]).squeeze(-1)
-    return (chosen - logits.logsumexp(-1)).float(), logits.argmax(-1) == targets
-
-
-@functools.cache
-def _compiled(function: Callable) -> Callable:
-    return torch.compile(function, dynamic=False)
+    weight = head_weight.to(hidden.dtype) if hidden.is_cuda else head_weight
+    wide = {"out_dtype": torch.float32} if weight.dtype != torch.float32 else {}
+    logprobs, greedy = [], []
+    size = HEAD_CHUNK_TOKENS if hidden.is_cuda else CPU_CHUNK_TOKENS
+    for states, wanted in zip(hidden.split(size), targets.split(size), strict=True):
+        logits = torch.mm(states.to(weight.dtype), weight.T, **wide)  # (n, V)
+        logprobs.append(softmax_statistics(logits, wanted, IGNORE)[0])
+        greedy.append(logits.argmax(-1) == wanted)
+    return torch.cat(logprobs), torch.cat(greedy)
 
 
 def _collect(answers: _Answers) -> list[tuple[int, Score]]:

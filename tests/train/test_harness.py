@@ -198,11 +198,11 @@ def instance(kind: str, *arguments: object) -> Instance:
 def test_prompts_too_long_for_the_context_keep_their_end(model, tokenizers):
     ours = HarnessModel(model, tokenizers["roles"])
     long = builtin.document("web", 1) * 30
-    prompt, options, until, _ = ours._generation(0, long, {"until": ["x"], "max_gen_toks": 100})
-    assert options["max_new_tokens"] == 100 and until == ["x", "</s>"]
-    assert prompt == ours.tok_encode(long)[-540:]
-    prompt, options, *_ = ours._generation(0, long, {"until": [], "max_gen_toks": 9999})
-    assert (len(prompt), options["max_new_tokens"]) == (320, 320)
+    question = ours._question(0, long, {"until": ["x"], "max_gen_toks": 100})
+    assert question.new_tokens == 100 and question.until == ["x", "</s>"]
+    assert question.prompt == ours.tok_encode(long)[-540:]
+    question = ours._question(0, long, {"until": [], "max_gen_toks": 9999})
+    assert (len(question.prompt), question.new_tokens) == (320, 320)
 
 
 def test_sampled_answers_depend_on_seed_and_number_alone(model, tokenizers):
@@ -232,7 +232,7 @@ def test_finished_results_are_not_computed_again(model, tokenizers, tmp_path, mo
     again = run("a")  # the torn answer alone is written anew
     assert again == first
     calls = []
-    monkeypatch.setattr("train.harness.generate", lambda *args, **kwargs: calls.append(args))
+    monkeypatch.setattr("train.harness.Engine", lambda *args, **kwargs: calls.append(args))
     assert run("a") == first and calls == []
     with pytest.raises(KeyError):
         run("b")  # of another model: nothing of it is used
