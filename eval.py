@@ -32,7 +32,7 @@ from utils.report_evals import references_of, rows_of, text_table
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     settings = read_settings(args)
-    runtime = RuntimeConfig(precision=args.precision, compile=False if args.no_compile else None)
+    runtime = RuntimeConfig(precision=args.precision)
     means = Means(args.data_dir, args.include_path, args.batch_tokens, runtime, args.out)
     dist = setup.start_devices(runtime, settings.seed)
     command = f"python eval.py {shlex.join(argv)}"
@@ -67,7 +67,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         default="auto",
         help="auto: bf16 on a GPU",
     )
-    add("--no-compile", action="store_true", help="on a GPU: start sooner, run slower")
     add("--seed", type=int, default=0, help="of sampled answers; benchmarks are mostly greedy")
     add("--out", type=Path, metavar="FILE", help="the record, instead of eval.json")
     return parser.parse_args(argv)

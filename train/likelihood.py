@@ -12,8 +12,8 @@ begin another's is not computed: the answers " A", " B", " C" and " D" to one qu
 off its last state.
 
 Left out: sharing a context among continuations of several tokens, which takes a mask that is a tree
-or a cache that forks; with the short contexts of small models' benchmarks it would at most halve
-the tokens.
+or a cache that forks. Four endings of 22 tokens to a context of 75 would come to 163 tokens and not
+388.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -74,7 +75,10 @@ class _Answers:
 
 
 def score(
-    model: Transformer, requests: Sequence[Request], batch_tokens: int | None = None
+    model: Transformer,
+    requests: Sequence[Request],
+    batch_tokens: int | None = None,
+    same_shape: bool | None = None,
 ) -> Iterator[list[tuple[int, Score]]]:
     """Score requests in an order of its own; yields numbers and scores, a batch at a time.
 
@@ -82,6 +86,8 @@ def score(
 
     Args:
         batch_tokens: tokens that go through the model at once; None: as many as suit the device.
+        same_shape: all rows have the context's length and all batches as many; else they are as
+            small as the requests allow. None: on a GPU.
 
     Raises:
         ValueError: an empty context or continuation, or one longer than the model's context.
@@ -89,18 +95,19 @@ def score(
     if not requests:
         return
     on_gpu = model.device.type == "cuda"
+    same_shape = on_gpu if same_shape is None else same_shape
     limit = model.config.max_seq_len
     _check(requests, limit)
     documents = _share([_inputs(request, limit) for request in requests])
     longest = len(documents[0].tokens)
-    seq_len = limit if on_gpu else longest
+    seq_len = limit if same_shape else longest
     packed = best_fit((len(d.tokens) for d in documents), seq_len, MAX_DOCUMENTS)
     tokens = batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS)
     rows = max(1, tokens // seq_len)
     before: _Answers | None = None
     for start in range(0, len(packed), rows):
         members = [[documents[i] for i in row] for row in packed[start : start + rows]]
-        if on_gpu:
+        if same_shape:
             members += [[]] * (rows - len(members))
         answers = _launch(model, members, requests, seq_len)
         if before is not None:  # read while the device computes the next batch
@@ -176,19 +183,19 @@ def _wanted(
     rows: list[list[_Document]], requests: Sequence[Request], seq_len: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each scored token its place in the flattened rows, its id, and its request's number."""
-    places, targets, owners = [], [], []
+    numbers, ends = [], []
     for r, row in enumerate(rows):
         at = r * seq_len
         for document in row:
             for i in document.requests:
-                context, continuation = requests[i]
-                n = len(continuation)
-                end = at + min(len(context) + n - 1, seq_len)
-                places.append(np.arange(end - n, end))
-                targets.append(np.asarray(continuation, dtype=np.int64))
-                owners.append(np.full(n, i))
+                numbers.append(i)
+                ends.append(at + min(sum(map(len, requests[i])) - 1, seq_len))
             at += len(document.tokens)
-    return np.concatenate(places), np.concatenate(targets), np.concatenate(owners)
+    continuations = [requests[i].continuation for i in numbers]
+    counts = np.array([len(c) for c in continuations])
+    targets = np.fromiter(chain.from_iterable(continuations), dtype=np.int64, count=counts.sum())
+    first = np.repeat(np.array(ends) - counts.cumsum(), counts)
+    return first + np.arange(len(targets)), targets, np.repeat(numbers, counts)
 
 
 def target_scores(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

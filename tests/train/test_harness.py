@@ -25,7 +25,7 @@ from tests.local_tasks import write_tasks
 from train.harness import ChatContext, Finished, HarnessModel
 from train.harness_tasks import load_tasks
 from utils import checkpoint
-from utils.config import plain
+from utils.config import load_yaml, plain
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared/data/rlvr"
 SHAPE = ModelConfig(
@@ -236,3 +236,20 @@ def test_finished_results_are_not_computed_again(model, tokenizers, tmp_path, mo
     assert run("a") == first and calls == []
     with pytest.raises(KeyError):
         run("b")  # of another model: nothing of it is used
+
+
+def test_the_bench_compares_like_with_like(capsys):
+    """Our scores, lm-eval's, and those of what stands in for it where it is not installed."""
+    from bench import eval as bench
+
+    bench.main(["--shape", "tiny", "--device", "cpu", "--requests", "60"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["peer"] == "lm-eval's HFLM"
+    for row in result["families"].values():
+        assert row["nats_apart_per_token"] < 1e-5 and row["greedy_alike"] == 1
+    shape = bench.ModelConfig(**load_yaml(bench.SHAPES / "smol_tiny.yaml"))
+    _, theirs = bench.build("tiny", torch.device("cpu"), torch.float32)
+    requests = bench.make_requests("letters", 20, shape) + bench.make_requests("endings", 20, shape)
+    stand_in = bench.padded_scores(theirs, requests, 4)
+    for a, b in zip(stand_in, bench.make_peer(theirs)[1](requests, 4), strict=True):
+        assert a[0] == pytest.approx(b[0], abs=1e-4) and a[1] == b[1]

@@ -54,8 +54,8 @@ def alone(model: Transformer, request: Request) -> Score:
     return Score(total, bool((logprobs.argmax(-1) == wanted).all()))
 
 
-def collect(model: Transformer, requests: list[Request], *batch_tokens: int) -> list[Score]:
-    found = dict(pair for batch in score(model, requests, *batch_tokens) for pair in batch)
+def collect(model: Transformer, requests: list[Request], *settings: object) -> list[Score]:
+    found = dict(pair for batch in score(model, requests, *settings) for pair in batch)
     return [found[i] for i in range(len(requests))]
 
 
@@ -88,10 +88,24 @@ def test_packed_scores_are_those_of_one_request_at_a_time(model):
         expected.append(alone(model, requests[-1]))
     assert any(e.greedy and len(r[1]) > 1 for r, e in zip(requests, expected, strict=True))
     assert not all(e.greedy for e in expected)
-    for batch_tokens in ((), (1,), (200,), (100_000,)):
-        ours = collect(model, requests, *batch_tokens)
+    for how in ((), (1,), (200,), (100_000,), (500, True)):
+        ours = collect(model, requests, *how)
         assert [o.greedy for o in ours] == [e.greedy for e in expected]
         assert max(abs(o[0] - e[0]) for o, e in zip(ours, expected, strict=True)) < 1e-5
+
+
+def test_on_request_every_batch_has_the_same_shape(model, monkeypatch):
+    shapes = set()
+    forward = model.forward
+
+    def seen(tokens: torch.Tensor, positions: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+        shapes.add((tokens.shape, positions.shape, bounds.shape))
+        return forward(tokens, positions, bounds)
+
+    monkeypatch.setattr(model, "forward", seen)
+    for count in (1, 7, 40):
+        collect(model, random_requests(count), 480, True)
+    assert shapes == {((10, 48), (10, 48), (10 * 65 + 1,))}
 
 
 @pytest.mark.gpu
