@@ -21,8 +21,9 @@ from models.verifier import Verifier
 from tests.local_tasks import write_tasks
 from tests.pipeline import Fault, run
 from train.harness_run import SUITES
+from train.setup import TrainConfig
 from utils import checkpoint
-from utils.config import ConfigError, plain
+from utils.config import ConfigError, plain, validate
 from utils.report import read_run, write_report
 from utils.report_evals import FILE, HEAD, add_evaluation, read_evaluations, rows_of, text_table
 
@@ -190,6 +191,9 @@ def test_parquet_files_as_the_hub_has_them(tmp_path):
     (folder / "README.md").write_text("no data")
     assert set(find_files(tmp_path, "x", "openai/gsm8k", "main")) == {"test"}
     assert find_files(tmp_path, "x", "openai/gsm8k", "socratic") == {}
+    (tmp_path / "gsm8k" / "test.jsonl").write_text("{}")  # of one task: which, of several?
+    assert find_files(tmp_path, "x", "openai/gsm8k", "socratic", many=True) == {}
+    assert set(find_files(tmp_path, "x", "openai/gsm8k", "main", many=True)) == {"test"}
     with local_data("x", tmp_path, asked := []):
         found = datasets.load_dataset("openai/gsm8k", "main")
     assert found["test"].to_list() == rows and asked == ["openai/gsm8k"]
@@ -296,6 +300,14 @@ def test_a_run_ends_with_the_benchmarks_of_its_config(tasks, tmp_path):
     page = (folder / "report.html").read_text()
     assert "Benchmarks of small" in page
     assert all(f"<td>{cell}</td>" in page for row in rows_of(made) for cell in row)
+
+
+def test_benchmarks_of_a_config_without_the_harness_are_refused_before_the_run(monkeypatch):
+    monkeypatch.setattr("train.setup.find_spec", lambda name: None)
+    values = {"batch_tokens": 8, "micro_batch": 1, "steps": 1}
+    assert validate(TrainConfig, values, "x").eval_tasks == ()
+    with pytest.raises(ConfigError, match=r"eval_tasks needs lm-eval: pip install -r"):
+        validate(TrainConfig, values | {"eval_tasks": ["hellaswag"]}, "x")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -98,10 +99,11 @@ class Finished:
                     continue
                 self.results[key] = value
 
-    def key(self, kind: str, *parts: object) -> str:
+    def key(self, *parts: object) -> str:
         digest = hashlib.blake2b(self.identity, digest_size=16)
-        for part in (kind, *parts):
-            digest.update(repr(part).encode() + b"\0")
+        for part in parts:
+            data = part if isinstance(part, bytes) else repr(part).encode()
+            digest.update(b"%d:%s" % (len(data), data))
         return digest.hexdigest()
 
     def add(self, results: Iterable[tuple[str, Any]]) -> None:
@@ -227,7 +229,8 @@ class HarnessModel(TemplateLM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        return self._scores(self._pairs([r.args for r in requests]), "log-likelihoods")
+        pairs = self._pairs([request.args for request in requests])
+        return self._sums([_in_parts(pair, self.max_length) for pair in pairs], "log-likelihoods")
 
     def _loglikelihood_tokens(self, requests: list[tuple], **kwargs: object) -> list[Score]:
         return self._scores([Request(*tokens) for _, *tokens in requests], "log-likelihoods")
@@ -235,22 +238,24 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        pieces: list[Request] = []
-        owners: list[int] = []
-        for owner, request in enumerate(requests):
-            for window in get_rolling_token_windows(
+        texts = []
+        for request in requests:
+            windows = get_rolling_token_windows(
                 self.tok_encode(*request.args), self.prefix_token_id, self.max_length, context_len=1
-            ):
-                pieces.append(Request(*make_disjoint_window(window)))
-                owners.append(owner)
-        scores = self._scores(pieces, "whole texts")
-        logprobs = [s.logprob for s in scores]
-        return np.bincount(owners, weights=logprobs, minlength=len(requests)).tolist()
+            )
+            texts.append([Request(*make_disjoint_window(window)) for window in windows])
+        return [total for total, _ in self._sums(texts, "whole texts")]
+
+    def _sums(self, parts: list[list[Request]], title: str) -> list[Score]:
+        """The score of each list of requests: their sum, and whether all are greedy."""
+        scores = iter(self._scores([request for some in parts for request in some], title))
+        members = [[next(scores) for _ in some] for some in parts]
+        return [Score(math.fsum(s[0] for s in some), all(s[1] for s in some)) for some in members]
 
     def _scores(self, requests: list[Request], title: str) -> list[Score]:
         """Scores in order, of which those that are finished already are not computed."""
         done = self.finished
-        keys = [done.key("score", list(r.context), list(r.continuation)) for r in requests]
+        keys = [done.key(*(np.array(tokens).tobytes() for tokens in r)) for r in requests]
         todo = [i for i, key in enumerate(keys) if key not in done.results]
         with tqdm(total=len(keys), initial=len(keys) - len(todo), desc=title) as bar:
             results = score(self.model, [requests[i] for i in todo], self.batch_tokens)
@@ -262,7 +267,7 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         asked = [self._question(number, *r.args) for number, r in enumerate(requests)]
         done = self.finished
-        keys = [done.key("text", *question) for question in asked]
+        keys = [done.key(question) for question in asked]
         alike: dict[str, list[int]] = {}  # what one engine can answer
         for i, key in enumerate(keys):
             if key not in done.results:
@@ -315,3 +320,13 @@ class HarnessModel(TemplateLM):
         """
         text = self.text.decode(tokens[-longest - 2 :])
         return any(stop in text for stop in until if stop)
+
+
+def _in_parts(request: Request, limit: int) -> list[Request]:
+    """A continuation longer than the context, in parts that fit."""
+    context, continuation = request
+    if len(continuation) <= limit:
+        return [request]
+    tokens = [*context, *continuation]
+    starts = range(len(context), len(tokens), limit)
+    return [Request(tokens[:start], tokens[start : start + limit]) for start in starts]

@@ -140,7 +140,7 @@ def evaluate_final(path: Path, train: dict[str, Any], dist: Distributed) -> None
     Args:
         train: the config's section `train`, as plain values.
     """
-    tasks, folder = train["eval_tasks"], train["eval_data_dir"]
+    tasks, folder = train.get("eval_tasks"), train.get("eval_data_dir")
     if not tasks:
         return
     command = f"python eval.py --checkpoint {path} --tasks {','.join(tasks)}"

@@ -52,7 +52,7 @@ def load_tasks(
     for name in dict.fromkeys(names):
         asked: list[str] = []
         try:
-            with local_data(name, data_dir, asked):
+            with local_data(name, data_dir, asked, _is_many(name, manager)):
                 found = manager.load([name])
         except Exception as error:  # whatever a dataset or the hub may raise, other tasks can run
             missing.append(_why_missing(name, asked[-1] if asked else None, data_dir, error))
@@ -82,6 +82,11 @@ def _all_tasks(include_path: Path | None) -> TaskManager:
     return TaskManager(include_path=include_path)
 
 
+def _is_many(name: str, manager: TaskManager) -> bool:
+    """Whether a name stands for several tasks."""
+    return name in (*manager.all_groups, *manager.all_tags)
+
+
 def _unknown(names: Sequence[str], manager: TaskManager) -> list[str]:
     return [n for n in names if n not in manager.task_index and not Path(n).is_file()]
 
@@ -104,7 +109,9 @@ def _why_missing(name: str, dataset: str | None, data_dir: Path | None, error: E
 
 
 @contextmanager
-def local_data(task: str, data_dir: Path | None, asked: list[str]) -> Iterator[None]:
+def local_data(
+    task: str, data_dir: Path | None, asked: list[str], many: bool = False
+) -> Iterator[None]:
     """Datasets come from `data_dir` where it has them, else from where they would.
 
     The harness's tasks all call `datasets.load_dataset`, many from code of their own, so that is
@@ -112,12 +119,13 @@ def local_data(task: str, data_dir: Path | None, asked: list[str]) -> Iterator[N
 
     Args:
         asked: gets the name of each dataset that is asked for.
+        many: `task` stands for several, each with a subset of its own.
     """
     hub = datasets.load_dataset
 
     def load(path: str, name: str | None = None, **options: Any) -> Any:
         asked.append(path)
-        files = {} if data_dir is None else find_files(data_dir, task, path, name)
+        files = {} if data_dir is None else find_files(data_dir, task, path, name, many)
         if not files:
             return hub(path, name, **options)
         splits = {split: _read(split, paths) for split, paths in files.items()}
@@ -129,13 +137,15 @@ def local_data(task: str, data_dir: Path | None, asked: list[str]) -> Iterator[N
 
 
 def find_files(
-    data_dir: Path, task: str, dataset: str, subset: str | None
+    data_dir: Path, task: str, dataset: str, subset: str | None, many: bool = False
 ) -> dict[str, list[Path]]:
     """The files of each split in the first folder that has any; see the module's text."""
     short = dataset.rpartition("/")[2]
     homes = [data_dir / part for part in (short, dataset)]
     subsets = [home / subset for home in homes] if subset else []
-    for home in (data_dir / task, *subsets, *homes):
+    # The files of one task may lie above its subset's folder; with many none would be told apart.
+    above = [] if many and subset else [data_dir / task, *homes]
+    for home in (*above[:1], *subsets, *above[1:]):
         for folder in (home, home / "data"):
             files: dict[str, list[Path]] = {}
             for path in sorted(folder.glob("*.*")) if folder.is_dir() else []:

@@ -24,6 +24,7 @@ from models.transformer import Transformer
 from tests.local_tasks import write_tasks
 from train.harness import ChatContext, Finished, HarnessModel
 from train.harness_tasks import load_tasks
+from train.likelihood import Request
 from utils import checkpoint
 from utils.config import load_yaml, plain
 
@@ -203,6 +204,24 @@ def test_prompts_too_long_for_the_context_keep_their_end(model, tokenizers):
     assert question.prompt == ours.tok_encode(long)[-540:]
     question = ours._question(0, long, {"until": [], "max_gen_toks": 9999})
     assert (len(question.prompt), question.new_tokens) == (320, 320)
+
+
+def test_a_continuation_longer_than_the_context_is_scored_in_parts(model, tokenizers):
+    """Each token once, after as much as fits: what the harness refuses for transformers models."""
+    ours = HarnessModel(model, tokenizers["roles"])
+    long = builtin.document("web", 1) * 7
+    (total, greedy), short = ours.loglikelihood(
+        [instance("loglikelihood", "Once", text) for text in (long, " upon")]
+    )
+    (pair,) = ours._pairs([("Once", long)])
+    n, limit = len(pair.continuation), ours.max_length
+    assert limit < n < 2 * limit and not greedy
+    tokens = [*pair.context, *pair.continuation]
+    end = len(pair.context) + limit
+    parts = [Request(pair.context, pair.continuation[:limit]), Request(tokens[:end], tokens[end:])]
+    expected = sum(found.logprob for found in ours._scores(parts, ""))
+    assert total == pytest.approx(expected, rel=1e-6)
+    assert short == ours.loglikelihood([instance("loglikelihood", "Once", " upon")])[0]
 
 
 def test_sampled_answers_depend_on_seed_and_number_alone(model, tokenizers):
