@@ -28,10 +28,11 @@ from train.likelihood import Request
 from utils import checkpoint
 from utils.config import load_yaml, plain
 
-GSM8K = Path(__file__).resolve().parents[3] / "shared/data/rlvr"
-SHAPE = ModelConfig(
-    vocab_size=1024, d_model=48, n_layers=4, n_heads=4, n_kv_heads=2, d_ffn=96, max_seq_len=640
-)
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = load_yaml(ROOT / "configs/model/smol_tiny.yaml")
+# The demo's shape, with room for the 256 tokens that lm-eval's tasks generate by default.
+SHAPE = ModelConfig(**DEMO | {"vocab_size": 1024, "max_seq_len": 640})
+GSM8K = ROOT.parent / "shared/data/rlvr"
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "  What is 2 + 3?\n"},
