@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 import export_hf
 from data import builtin
 from data.chat import ChatTemplate, render, render_prompt
-from data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 from models.config import ModelConfig
 from models.transformer import Transformer
 from tests.local_tasks import write_tasks
@@ -32,6 +32,9 @@ ROOT = Path(__file__).resolve().parents[2]
 DEMO = load_yaml(ROOT / "configs/model/smol_tiny.yaml")
 # The demo's shape, with room for the 256 tokens that lm-eval's tasks generate by default.
 SHAPE = ModelConfig(**DEMO | {"vocab_size": 1024, "max_seq_len": 640})
+LLAMA = ROOT.parent / "shared/data/tokenizers/llama2"
+needs_llama = pytest.mark.skipif(not LLAMA.exists(), reason="the Llama-2 tokenizer is not here")
+KINDS = ["roles", "zephyr", pytest.param("llama", marks=needs_llama)]
 GSM8K = ROOT.parent / "shared/data/rlvr"
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -55,14 +58,16 @@ def tokenizers() -> dict[str, Tokenizer]:
     texts = [builtin.document(d, i) for i in range(60) for d in builtin.DOMAINS]
     roles = train_tokenizer(texts, TokenizerConfig(vocab_size=1024))
     plain = without_roles(roles)
-    return {"roles": roles, "zephyr": plain, "no bos": without_roles(roles, add_bos=False)}
+    made = {"roles": roles, "zephyr": plain, "no bos": without_roles(roles, add_bos=False)}
+    if LLAMA.exists():
+        made["llama"] = load_tokenizer(TokenizerConfig(path=str(LLAMA)))
+    return made
 
 
-@pytest.fixture(scope="module")
-def model() -> Transformer:
+def perturbed(shape: ModelConfig) -> Transformer:
     """No two weights are alike, and no answer is obvious."""
     torch.manual_seed(0)
-    model = Transformer(SHAPE).eval()
+    model = Transformer(shape).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -73,7 +78,12 @@ def model() -> Transformer:
 
 
 @pytest.fixture(scope="module")
-def backends(model, tokenizers, tmp_path_factory):
+def model() -> Transformer:
+    return perturbed(SHAPE)
+
+
+@pytest.fixture(scope="module")
+def backends(tokenizers, tmp_path_factory):
     """Ours and lm-eval's, for a vocabulary."""
     made = {}
 
@@ -81,9 +91,11 @@ def backends(model, tokenizers, tmp_path_factory):
         if kind not in made:
             folder, tokenizer = tmp_path_factory.mktemp(kind.replace(" ", "_")), tokenizers[kind]
             template = ChatTemplate.of(tokenizer)
+            shape = SHAPE.model_copy(update={"vocab_size": tokenizer.vocab_size})
+            model = perturbed(shape)
             values = {
                 "stage": "sft", "step": 1, "tokens": 1, "model": model.state_dict(),
-                "model_config": plain(SHAPE), "tokenizer": tokenizer.state_dict(),
+                "model_config": plain(shape), "tokenizer": tokenizer.state_dict(),
                 "chat_template": template.state_dict(), "config": {"name": "x"},
             }  # fmt: skip
             checkpoint.save(folder / "x.pt", values)
@@ -128,7 +140,7 @@ def assert_same_samples(ours: dict, theirs: dict, name: str) -> None:
     assert ours["results"][name].keys() == theirs["results"][name].keys()
 
 
-@pytest.mark.parametrize("kind", ["roles", "no bos"])
+@pytest.mark.parametrize("kind", ["no bos", *KINDS[::2]])
 @pytest.mark.parametrize(
     "name", ["own_choice", "own_spaced", "own_begun", "own_text", "own_answer"]
 )
@@ -141,7 +153,7 @@ def test_every_sample_is_that_of_the_transformers_backend(backends, tasks, kind,
         assert any(texts) and not any("e" in text for text in texts)
 
 
-@pytest.mark.parametrize("kind", ["roles", "zephyr"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["own_choice", "own_begun", "own_answer"])
 def test_every_sample_of_a_chat_model_is_that_of_the_transformers_backend(
     backends, tasks, kind, name
@@ -167,7 +179,7 @@ def test_every_sample_of_gsm8k_is_that_of_the_transformers_backend(backends, tmp
     assert_same_samples(*results, "gsm8k")
 
 
-@pytest.mark.parametrize("kind", ["roles", "zephyr"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_conversation_has_the_tokens_of_training(backends, tokenizers, kind):
     ours, _ = backends(kind)
     tokenizer = tokenizers[kind]
