@@ -10,6 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
@@ -37,7 +38,8 @@ from utils.wandb_log import WandbLog
 RESUME_MAY_CHANGE = (
     "train.micro_batch", "train.log_every", "train.eval_every", "train.save_every",
     "train.save_every_hours", "train.keep_checkpoints", "train.mirror_dir",
-    "train.stability", "train.wandb_project", "runtime", "cost", "runs_dir", "data.cache_dir",
+    "train.stability", "train.wandb_project", "train.eval_tasks", "train.eval_data_dir",
+    "runtime", "cost", "runs_dir", "data.cache_dir",
 )  # fmt: skip
 # A run branched off another's checkpoint may also change where it goes from there; not
 # `optim.kind`, since one optimizer's state is of no use to another.
@@ -99,6 +101,10 @@ class TrainConfig(LoopConfig):
     """Length of training in tokens, rounded up to whole steps."""
     z_loss: float = 0.0
     """Weight of the squared log-normaliser (PaLM's auxiliary loss; 1e-4 there); 0: off."""
+    eval_tasks: tuple[str, ...] = ()
+    """Benchmarks that the final checkpoint is measured on, as `eval.py --tasks` names them."""
+    eval_data_dir: str | None = None
+    """A folder with their files; null: the hub."""
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -110,6 +116,9 @@ class TrainConfig(LoopConfig):
             yield Problem(
                 self.LENGTHS, f"give the length as {' or '.join(self.LENGTHS)}, one of them"
             )
+        if self.eval_tasks and find_spec("lm_eval") is None:
+            needs = "eval_tasks needs lm-eval: pip install -r requirements-eval.txt"
+            yield Problem(("eval_tasks",), needs)
 
     @property
     def total_steps(self) -> int:
@@ -422,6 +431,9 @@ def finish(
             checkpoint.save(run.final, training.weights())
             say(f"done: {run.final} ({human_count(training.tokens)} tokens)")
             say(f"metrics: {run.metrics}")
+            from train.harness_run import evaluate_final  # which builds on this module
+
+            evaluate_final(run.final, training.identity["config"]["train"], dist)
             _draw(run)
             if training.identity["stage"] != "verifier":  # which writes nothing
                 command = f"python inference.py --checkpoint {run.final}"

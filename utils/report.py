@@ -1,9 +1,9 @@
 """A run as one page: `report.html`, with every plot inside it, and `plots/*.png` beside it.
 
-Read from what the run wrote (`metrics.jsonl`, `samples.jsonl`, `config.yaml`, `versions.yaml`), so
-that it can be made while the run goes on, after it, or on another machine. Runs of one stage are
-drawn into the same axes, stages one below the other. Whatever number a stage reports gets its curve
-without being announced here: `PANELS` only arranges those that every stage has.
+Read from what the run wrote (`metrics.jsonl`, `samples.jsonl`, `config.yaml`, `versions.yaml`,
+`eval.json`), so that it can be made while the run goes on, after it, or on another machine. Runs of
+one stage are drawn into the same axes, stages one below the other. Whatever number a stage reports
+gets its curve without being announced here: `PANELS` only arranges those that every stage has.
 
 `read_run` and `panels_of` say what is drawn, `utils/report_plots.py` draws it, and
 `utils/report_page.py` makes the page. Left out: zooming and live reloading; W&B has them.
@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from utils import report_evals
 from utils.config import ConfigError, load_yaml
 from utils.logging import read_metrics
 
@@ -36,6 +37,7 @@ class Run:
     samples: list[dict[str, Any]]
     config: dict[str, Any]
     versions: dict[str, Any]
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric; what was not finite is left out."""
@@ -160,6 +162,7 @@ def read_run(folder: str | Path) -> Run:
         samples=read_metrics(samples) if samples.is_file() else [],
         config=_yaml(path / "config.yaml"),
         versions=versions,
+        evaluations=_evaluations(path / report_evals.FILE),
     )
 
 
@@ -168,6 +171,13 @@ def _yaml(path: Path) -> dict[str, Any]:
         return load_yaml(path) if path.is_file() else {}
     except (ConfigError, yaml.YAMLError):  # being written at this moment
         return {}
+
+
+def _evaluations(path: Path) -> list[dict[str, Any]]:
+    try:
+        return report_evals.read_evaluations(path)
+    except ConfigError:  # a foreign file of that name is no reason to go without a report
+        return []
 
 
 def _stage_told_by(lines: list[dict[str, Any]]) -> str:

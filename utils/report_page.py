@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from utils import report_evals
 from utils.logging import human_count, human_time
 from utils.report import SHARES, Curve, Panel, Run, words
 from utils.report_plots import colour, style_variables, tick_text
@@ -114,6 +115,7 @@ def _section(stage: str, runs: list[Run], drawn: list[tuple[Panel, str]]) -> Ite
         yield _plot(panel, svg, len(runs))
     yield "</div><br>"
     for run in runs:
+        yield from report_evals.section(run.name, run.evaluations)
         yield from _samples(run)
 
 
