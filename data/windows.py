@@ -24,6 +24,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -166,31 +167,43 @@ def first_epoch(
         most_tokens: end with the window that brings them to so many.
     """
     windows, tokens = walk(ShardMaker(store, pool), seed, Place()), 0
-    for window in read_ahead(windows, WINDOWS_AHEAD) if pool else windows:
-        if window.place.epoch > 0 or (most_tokens is not None and tokens >= most_tokens):
-            return
-        for shard in window.shards:
-            tokens += shard.result().tokens
-            yield shard.result()
+    with closing(read_ahead(windows, WINDOWS_AHEAD) if pool else windows) as windows:
+        for window in windows:
+            if window.place.epoch > 0:
+                return
+            for shard in window.shards:
+                tokens += shard.result().tokens
+                yield shard.result()
+            if most_tokens is not None and tokens >= most_tokens:
+                return
 
 
 def read_ahead(items: Iterator[T], depth: int) -> Iterator[T]:
-    """The same items, taken up to `depth` in advance by a thread; its error comes in its place."""
+    """The same items, taken up to `depth` in advance by a thread; its error comes in its place.
+
+    Closed, it takes one more at most.
+    """
     waiting: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+    closed = threading.Event()
 
     def fill() -> None:
         try:
             for item in items:
                 waiting.put((item, None))
+                if closed.is_set():
+                    return
         except BaseException as error:
             waiting.put((None, error))
 
     threading.Thread(target=fill, daemon=True).start()
-    while True:
-        item, error = waiting.get()
-        if error:
-            raise error
-        yield item
+    try:
+        while True:
+            item, error = waiting.get()
+            if error:
+                raise error
+            yield item
+    finally:
+        closed.set()
 
 
 class _Peekable:
