@@ -66,8 +66,8 @@ def main(argv: list[str]) -> None:
         return
     tokenizer = make_tokenizer(config.tokenizer, config.data.sources)
     stores = open_stores(config.data, tokenizer)
-    pool = WorkerPool(config.data.workers or os.cpu_count() or 1, tokenizer)
-    done = [prepare(store, config, pool, needed[store.source.name]) for store in stores]
+    with WorkerPool(config.data.workers or os.cpu_count() or 1, tokenizer) as pool:
+        done = [prepare(store, config, pool, needed[store.source.name]) for store in stores]
     print(table(done))
 
 

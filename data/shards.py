@@ -29,6 +29,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -198,11 +199,10 @@ class ShardStore:
             file_order: the epoch's.
             now: where in the epoch we are, as (place of the file in `file_order`, row).
         """
-        size = {
-            key: path.stat().st_size
-            for key, info in self.shards.items()
-            if (path := self.path(info)).exists()
-        }
+        size = {}
+        for key, info in list(self.shards.items()):  # workers add to them meanwhile
+            with suppress(FileNotFoundError):
+                size[key] = self.path(info).stat().st_size
         excess = sum(size.values()) - most_bytes
         if excess <= 0:
             return
@@ -239,7 +239,7 @@ class ShardStore:
             self.directory = self._folder(local, commit)
             files = self._manifest_files()
         self.directory.mkdir(parents=True, exist_ok=True)
-        _sweep(self.directory)
+        sweep(self.directory)
         if files is None:
             revision = commit or self.source.revision
             files = local or list_files(self.source.model_copy(update={"revision": revision}))
@@ -337,6 +337,17 @@ def shard_path(directory: Path, file: int, first_row: int) -> Path:
     return directory / f"shard_{file:05d}_{first_row:08d}.safetensors"
 
 
+def sweep(directory: Path) -> None:
+    """Remove what killed processes left half written."""
+    for path in directory.glob("*.tmp*"):
+        try:
+            os.kill(int(path.suffix.removeprefix(".tmp")), 0)
+        except (ProcessLookupError, ValueError):
+            path.unlink(missing_ok=True)
+        except OSError:  # another user's process
+            continue
+
+
 def _tokenize(job: ShardJob, tokenizer: Tokenizer) -> tuple[bytes, dict[str, int]]:
     """One shard's file content and its counts; empty documents are left out."""
     texts = [clean(text) for text in job.texts if text]
@@ -360,17 +371,6 @@ def _laid_out(documents: list, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
 
 def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
-
-
-def _sweep(directory: Path) -> None:
-    """Remove what killed processes left half written."""
-    for path in directory.glob("*.tmp*"):
-        try:
-            os.kill(int(path.suffix.removeprefix(".tmp")), 0)
-        except (ProcessLookupError, ValueError):
-            path.unlink(missing_ok=True)
-        except OSError:  # another user's process
-            continue
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -6,7 +6,7 @@ imports no torch, so it starts in a fraction of a second. When the pipe closes, 
 process has ended in whatever way, it exits in the middle of its work.
 
 A worker that dies (killed, out of memory) is replaced and its job given to the replacement; shards
-and records appear whole or not at all, so nothing needs to be cleared up.
+and records appear whole or not at all, so there is nothing to mend.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from data.shards import ShardInfo, ShardJob, make_shard
+from data.shards import ShardInfo, ShardJob, make_shard, sweep
 from data.tokenizer import Tokenizer
 from utils.config import ConfigError
 from utils.logging import get_logger
@@ -38,9 +38,22 @@ class WorkerPool:
 
     def __init__(self, workers: int, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer.state_dict()
-        self._jobs: queue.Queue[tuple[ShardJob, Future]] = queue.Queue(workers)
-        for _ in range(workers):  # a thread with a process each: it waits where the process works
-            threading.Thread(target=self._serve, daemon=True).start()
+        self._jobs: queue.Queue[tuple[ShardJob, Future] | None] = queue.Queue(workers)
+        self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(workers)]
+        for (
+            thread
+        ) in self._threads:  # a thread with a process each: it waits where the process works
+            thread.start()
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the processes when they have made what was submitted."""
+        for _thread in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
 
     def submit(self, job: ShardJob) -> Future[ShardInfo]:
         """The shard to come; waits while all workers have enough to do."""
@@ -50,8 +63,8 @@ class WorkerPool:
 
     def _serve(self) -> None:
         worker = None
-        while True:
-            job, future = self._jobs.get()
+        while (item := self._jobs.get()) is not None:
+            job, future = item
             try:
                 for _ in range(LIVES):
                     worker = worker or _Worker(self._tokenizer)
@@ -59,6 +72,7 @@ class WorkerPool:
                         future.set_result(worker.make(job))
                         break
                     worker = worker.bury()
+                    sweep(job.directory)
                 else:
                     raise ConfigError(
                         f"{LIVES} worker processes died over the same shard in {job.directory} "
@@ -66,6 +80,8 @@ class WorkerPool:
                     )
             except BaseException as error:
                 future.set_exception(error)
+        if worker:
+            worker.end()
 
 
 class _Worker:
@@ -95,11 +111,15 @@ class _Worker:
             raise answer
         return answer
 
-    def bury(self) -> None:
-        """Make sure that it is dead, and say so."""
+    def end(self) -> None:
+        """Make sure that it is dead."""
         self.process.kill()
         with contextlib.suppress(OSError):
             self.process.communicate()
+
+    def bury(self) -> None:
+        """The same for one that died, and say so."""
+        self.end()
         get_logger().warning(
             f"a tokenizing process ended ({signal_name(self.process.returncode)}); "
             "another one takes over"
