@@ -27,6 +27,7 @@ BLOCK_BYTES = 8 << 20  # of a range request: long enough that its latency does n
 ASKS = 3  # for what comes before step 0, where someone waits for the message
 READS = 12  # in the middle of a file: the waits add up to half an hour
 LONGEST_WAIT_S = 300.0
+LONGEST_REASON = 300  # characters; `datasets` lists every suffix there is
 PASSING_STATUS = (408, 429)  # with all of 5xx; other refusals stay
 T = TypeVar("T")
 
@@ -88,6 +89,7 @@ def hub_error(name: str, dataset: str, error: Exception) -> ConfigError:
     from huggingface_hub import errors
 
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."
     chain = [error, error.__cause__, error.__context__]
 
     def is_a(*kinds: type[BaseException]) -> bool:

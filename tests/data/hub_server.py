@@ -7,6 +7,7 @@ It serves a folder per commit of one dataset, honours range requests, refuses as
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import random
 import threading
@@ -26,19 +27,27 @@ class Hub:
         self.commits: list[str] = []
         self.gated = False
         self.hang_up = 0.0  # probability that an answer with data is cut short
+        self.outage = 0  # so many answers with data to come are
         self.hung_up = 0
         self.generator = random.Random(0)
         self.requests: list[str] = []
 
     def commit(self, files: dict[str, bytes]) -> str:
         """A new commit with these files."""
-        sha = f"{len(self.commits) + 1:040x}"
+        sha = hashlib.sha1(f"{self.folder} {len(self.commits)}".encode()).hexdigest()
         for name, data in files.items():
             path = self.folder / sha / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         self.commits.append(sha)
         return sha
+
+    def hangs_up(self) -> bool:
+        """Whether the answer that is about to be given is cut short."""
+        cut = self.outage > 0 or self.generator.random() < self.hang_up
+        self.outage = max(0, self.outage - 1)
+        self.hung_up += cut
+        return cut
 
 
 @contextlib.contextmanager
@@ -130,14 +139,10 @@ class _Handler(BaseHTTPRequestHandler):
             start, end, status = int(first), min(int(last or size) + 1, size), 206
         headers = {
             "X-Repo-Commit": str(sha),
-            "ETag": f'"{name}"',
+            "ETag": f'"{hashlib.sha1(data).hexdigest()}"',
             "Content-Range": f"bytes {start}-{end - 1}/{size}",
         }
-        cut = (
-            self.command == "GET"
-            and name != "README.md"
-            and self.hub.generator.random() < self.hub.hang_up
-        )
+        cut = self.command == "GET" and name != "README.md" and self.hub.hangs_up()
         self._send(status, data[start:end], headers, cut)
 
     def _json(self, value: object) -> None:
@@ -153,7 +158,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if cut:
-            self.hub.hung_up += 1
             data = data[: self.hub.generator.randrange(len(data) + 1) // 2]
             self.close_connection = True
         if self.command != "HEAD":
