@@ -78,6 +78,7 @@ class ShardMaker:
         self.pool = pool
         self.follow = follow
         self.most_bytes = most_bytes
+        self._coming: dict[Key, tuple[Future[ShardInfo], int, bool]] = {}  # not made yet
         self._at: Key | None = None  # (file, row) that comes next in self._rows
         self._rows: Iterator[str]
 
@@ -87,6 +88,8 @@ class ShardMaker:
         while self.follow and (file, row) not in store.shards:
             time.sleep(POLL_S)
             store.refresh()
+        if coming := self._coming.get((file, row)):  # a short source is in its next epoch already
+            return coming
         known = store.shards.get((file, row))
         if known and (self.follow or store.path(known).exists()):
             future: Future[ShardInfo] = Future()
@@ -95,16 +98,24 @@ class ShardMaker:
         if known and self.most_bytes is None:
             get_logger().warning(f"{store.path(known)} is missing: making it again from its rows")
         texts, last = self._cut(file, row)
-        return self._make(store.job(file, row, texts, last)), row + len(texts), last
+        return self._make(store.job(file, row, texts, last))
 
-    def _make(self, job: ShardJob) -> Future[ShardInfo]:
-        future: Future[ShardInfo] = Future()
+    def _make(self, job: ShardJob) -> tuple[Future[ShardInfo], int, bool]:
+        key, future = (job.file, job.first_row), Future()
+
+        def done(future: Future[ShardInfo]) -> None:
+            if not future.exception():
+                self.store.add(future.result())
+                self._coming.pop(key, None)
+
         if self.pool:
             future = self.pool.submit(job)
         else:
             future.set_result(make_shard(job, self.store.tokenizer))
-        future.add_done_callback(lambda f: f.exception() or self.store.add(f.result()))
-        return future
+        self._coming[key] = future, job.first_row + len(job.texts), job.last
+        coming = self._coming[key]
+        future.add_done_callback(done)
+        return coming
 
     def _cut(self, file: int, row: int) -> tuple[list[str], bool]:
         """The texts of a shard, and whether no row comes after them."""

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.pipeline import Fault, Outcome, Run
+from tests.pipeline import Fault, Run
 from tests.test_train_pretrain import (
     config,  # noqa: F401 (fixtures)
     numbers,
@@ -54,11 +54,16 @@ def test_a_mistake_in_the_text_ends_the_run_in_one_message(config, text):  # noq
     assert "Traceback" not in outcome.err
 
 
-def until_killed(config, log, seconds: float) -> Outcome:  # noqa: F811
-    running = Run("train_pretrain", ["--config", str(config), *WORKERS, "--resume"], log)
-    running.process.join(seconds)
-    running.process.kill()
-    return running.wait()
+def started(config, *argv: object) -> tuple[Run, float]:  # noqa: F811
+    """A run whose model is built, so that it begins to read, and the time then."""
+    log = config.parent / "log"
+    log.with_suffix(".out").unlink(missing_ok=True)
+    running = Run("train_pretrain", ["--config", str(config), *WORKERS, *argv], log)
+    while running.process.is_alive():
+        if log.with_suffix(".out").exists() and "model:" in log.with_suffix(".out").read_text():
+            break
+        time.sleep(0.002)
+    return running, time.monotonic()
 
 
 @pytest.mark.slow
@@ -66,13 +71,16 @@ def until_killed(config, log, seconds: float) -> Outcome:  # noqa: F811
 def test_kills_at_random_moments(undisturbed, config, tmp_path, seed):  # noqa: F811
     """By the clock, so anywhere; twice, then to the end. The log says where it was."""
     generator, runs = random.Random(seed), tmp_path / "runs"
-    started = time.monotonic()
-    pretrain(config, *WORKERS, "name=timed")
-    whole_s = time.monotonic() - started
+    running, began = started(config, "name=timed")
+    running.wait()
+    whole_s = time.monotonic() - began
     shutil.rmtree(tmp_path / "cache")
     for _ in range(2):
-        seconds = generator.uniform(0, whole_s)
-        outcome = until_killed(config, config.parent / "log", seconds)
+        seconds = generator.uniform(0, whole_s / 2)  # each goes on where the one before was
+        running, began = started(config, "--resume")
+        time.sleep(seconds)
+        running.process.kill()
+        outcome = running.wait()
         metrics = runs / "pretrain/metrics.jsonl"
         steps = [line["step"] for line in numbers(metrics)] if metrics.exists() else []
         shards = len(list((tmp_path / "cache").rglob("shard_*.safetensors")))
