@@ -25,7 +25,7 @@ HUB_PREFIX = "hub:"
 URL_PREFIX = "hf://"
 BLOCK_BYTES = 8 << 20  # of a range request: long enough that its latency does not show
 ASKS = 3  # for what comes before step 0, where someone waits for the message
-READS = 12  # in the middle of a file: the waits add up to half an hour
+READS = 12  # in the middle of training: the waits add up to 20 minutes
 LONGEST_WAIT_S = 300.0
 LONGEST_REASON = 300  # characters; `datasets` lists every suffix there is
 PASSING_STATUS = (408, 429)  # with all of 5xx; other refusals stay
@@ -52,7 +52,7 @@ def resolve_commit(name: str, dataset: str, revision: str | None) -> str:
 
 
 def data_files(name: str, dataset: str, commit: str, subset: str | None, split: str) -> list[str]:
-    """The URLs of a split's files, in their order.
+    """The URLs of a split's files, sorted.
 
     Raises:
         ConfigError: no such subset or split, no access, no network.
@@ -72,7 +72,7 @@ def data_files(name: str, dataset: str, commit: str, subset: str | None, split: 
             f"{', '.join(map(repr, splits)) or 'none that consists of files'}. "
             "Set the source's split"
         )
-    return list(splits[split])
+    return sorted(splits[split])
 
 
 def open_url(name: str, url: str) -> io.RawIOBase:
@@ -128,11 +128,11 @@ class _HubFile(io.RawIOBase):
 
         self.source, self.url = name, url
         fs = HfFileSystem()
-        self._file: Any = self._try(lambda: fs.open(url, "rb", block_size=BLOCK_BYTES), ASKS)
+        self._file: Any = self._try(lambda: fs.open(url, "rb", block_size=BLOCK_BYTES))
 
-    def _try(self, call: Callable[[], T], times: int) -> T:
+    def _try(self, call: Callable[[], T]) -> T:
         try:
-            return _persistently(call, times)
+            return _persistently(call, READS)
         except Exception as error:
             dataset = self.url.removeprefix(f"{URL_PREFIX}datasets/").partition("@")[0]
             raise hub_error(self.source, dataset, error) from error
@@ -145,7 +145,7 @@ class _HubFile(io.RawIOBase):
         return data
 
     def readinto(self, buffer: memoryview) -> int:
-        data = self._try(lambda: self._read_once(len(buffer)), READS)
+        data = self._try(lambda: self._read_once(len(buffer)))
         buffer[: len(data)] = data
         return len(data)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import zip_longest
@@ -40,7 +41,10 @@ from data.windows import (
 )
 from data.workers import WorkerPool
 from utils.config import Config, ConfigError, Problem
+from utils.logging import get_logger
 from utils.seed import derive, shuffle_order
+
+LONG_WAIT_S = 5.0  # of training for a shard; the first ones take a while
 
 
 class DataConfig(Config):
@@ -163,6 +167,7 @@ class SourceStream:
 
     def _load(self) -> None:
         """Read the shard, waiting for it if it is not made yet."""
+        started = time.monotonic()
         if self._windows is None:
             self._windows = self._windows_from(self.place)
         if self._window is None:
@@ -170,6 +175,11 @@ class SourceStream:
         index = shard_order(self.store, self.seed, self._window)[self.shard]
         info = self._window.shards[index].result()
         self._documents = self.store.read(info)
+        if (waited_s := time.monotonic() - started) > LONG_WAIT_S:
+            get_logger().info(
+                f"{self.store.source.name}: waited {waited_s:.0f} s for a shard to be tokenized; "
+                "if that happens often, raise data.workers or run prepare_data.py before"
+            )
         key = derive(self.seed, self.store.source.name, self.epoch, info.file, info.first_row)
         self._order = shuffle_order(len(self._documents), key)
 

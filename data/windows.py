@@ -24,7 +24,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -215,6 +215,9 @@ def read_ahead(items: Iterator[T], depth: int) -> Iterator[T]:
             yield item
     finally:
         closed.set()
+        with suppress(queue.Empty):  # room for what the thread may be holding
+            while True:
+                waiting.get_nowait()
 
 
 class _Peekable:

@@ -19,7 +19,7 @@ from data.shards import ShardStore
 from data.sources import SourceConfig
 from data.streaming import DataConfig, PretrainLoader, open_stores
 from data.tokenizer import TokenizerConfig, train_tokenizer
-from data.windows import WINDOW, Place, ShardMaker, first_epoch, walk
+from data.windows import WINDOW, Place, ShardMaker, first_epoch, read_ahead, walk
 from data.workers import LIVES, WorkerPool
 from tests.data.test_streaming import equal, json_round_trip, take
 from utils.config import ConfigError
@@ -314,3 +314,16 @@ def test_a_source_without_documents_is_said(tmp_path):
     config = DataConfig(sources=[source], seq_len=64)
     with pytest.raises(ConfigError, match="no training documents"):
         next(open_loader(config, tmp_path))
+
+
+def test_reading_ahead_ends_when_closed():
+    """Its thread, waiting with an item in hand, goes away."""
+    before = threading.active_count()
+    items = read_ahead(itertools.count(), 2)
+    assert [next(items) for _ in range(3)] == [0, 1, 2]
+    assert threading.active_count() == before + 1
+    items.close()
+    deadline = time.monotonic() + 30
+    while threading.active_count() > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
