@@ -3,14 +3,12 @@
 import random
 import shutil
 import signal
-import time
 
 import pytest
 
-from tests.pipeline import Fault, Run
+from tests.pipeline import Fault
 from tests.test_train_pretrain import (
     config,  # noqa: F401 (fixtures)
-    numbers,
     pretrain,
     same,
     text,  # noqa: F401
@@ -54,39 +52,31 @@ def test_a_mistake_in_the_text_ends_the_run_in_one_message(config, text):  # noq
     assert "Traceback" not in outcome.err
 
 
-def started(config, *argv: object) -> tuple[Run, float]:  # noqa: F811
-    """A run whose model is built, so that it begins to read, and the time then."""
-    log = config.parent / "log"
-    log.with_suffix(".out").unlink(missing_ok=True)
-    running = Run("train_pretrain", ["--config", str(config), *WORKERS, *argv], log)
-    while running.process.is_alive():
-        if log.with_suffix(".out").exists() and "model:" in log.with_suffix(".out").read_text():
-            break
-        time.sleep(0.002)
-    return running, time.monotonic()
+# What the run does while it reads: in the reading thread, the workers' threads and the loader's.
+CALLS = {
+    "data.windows.ShardMaker.shard": 60,
+    "data.windows.ShardMaker._cut": 11,
+    "data.workers._Worker.make": 11,
+    "data.shards.ShardStore.add": 11,
+    "data.shards.ShardStore.trim": 12,
+    "data.shards.ShardStore.read": 50,
+    "data.packing.RowPacker.next_row": 190,
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_kills_at_random_moments(undisturbed, config, tmp_path, seed):  # noqa: F811
-    """By the clock, so anywhere; twice, then to the end. The log says where it was."""
+    """Killed twice, then to the end. The log says where it was."""
     generator, runs = random.Random(seed), tmp_path / "runs"
-    running, began = started(config, "name=timed")
-    running.wait()
-    whole_s = time.monotonic() - began
-    shutil.rmtree(tmp_path / "cache")
     for _ in range(2):
-        seconds = generator.uniform(0, whole_s / 2)  # each goes on where the one before was
-        running, began = started(config, "--resume")
-        time.sleep(seconds)
-        running.process.kill()
-        outcome = running.wait()
-        metrics = runs / "pretrain/metrics.jsonl"
-        steps = [line["step"] for line in numbers(metrics)] if metrics.exists() else []
+        function = generator.choice(sorted(CALLS))
+        fault = Fault(function, generator.randint(1, CALLS[function]))
+        outcome = pretrain(config, *WORKERS, "--resume", fault=fault)
         shards = len(list((tmp_path / "cache").rglob("shard_*.safetensors")))
         print(
-            f"seed {seed}: killed after {seconds:.2f} of {whole_s:.2f} s, last step logged "
-            f"{max(steps, default=None)}, {shards} shards there -> exit {outcome.code}"
+            f"seed {seed}: {fault.function} call {fault.call}, {shards} shards there "
+            f"-> exit {outcome.code}"
         )
         assert outcome.code in (0, -signal.SIGKILL), outcome.err
     outcome = pretrain(config, *WORKERS, "--resume")
