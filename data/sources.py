@@ -251,6 +251,7 @@ def _read_parquet(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    damages = (pa.ArrowInvalid, OSError)  # looked up now: at exit pyarrow may be gone before us
     try:
         with pq.ParquetFile(_located(name, path)) as table:
             for column in columns or ():
@@ -265,7 +266,7 @@ def _read_parquet(
                 for i in range(max(0, start_row - row), len(batch)):
                     yield _parquet_record(batch, i)
                 row += len(batch)
-    except (pa.ArrowInvalid, OSError) as error:
+    except damages as error:
         raise ConfigError(
             f"source '{name}': {path} is damaged ({error}); fetch it again"
         ) from error
