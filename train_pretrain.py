@@ -27,8 +27,10 @@ from data.streaming import (
     PretrainLoader,
     held_out_batches,
     make_tokenizer,
+    open_stores,
 )
 from data.tokenizer import Tokenizer, TokenizerConfig
+from data.workers import WorkerPool
 from models.config import ModelConfig
 from optim.optimizer import OptimConfig, make_optimizer
 from optim.scheduler import Schedule, ScheduleConfig
@@ -83,7 +85,7 @@ def main(argv: list[str]) -> None:
     run, checkpointer, state = setup.open_run(args, config, STAGE, dist)
 
     tokenizer = load_or_make_tokenizer(config, state)
-    stores = prepare_shards(config.data, tokenizer, dist)
+    stores = prepare_stores(config.data, tokenizer, state, dist)
     loader = PretrainLoader(
         stores,
         config.data,
@@ -92,6 +94,7 @@ def main(argv: list[str]) -> None:
         micro_batch=config.train.micro_batch,
         rank=dist.rank,
         world_size=dist.world_size,
+        pool=start_workers(config.data, tokenizer, dist),
     )
     held_out = held_out_batches(stores, config.data, config.train.micro_batch)
 
@@ -148,20 +151,23 @@ def load_or_make_tokenizer(config: PretrainConfig, state: dict | None) -> Tokeni
     return tokenizer
 
 
-def prepare_shards(data: DataConfig, tokenizer: Tokenizer, dist: Distributed) -> list[ShardStore]:
-    """The token shards of every source, made by the first process and read by all."""
-    stores = [
-        ShardStore(source, tokenizer, data.cache_dir, data.shard_megabytes, data.held_out_fraction)
-        for source in data.sources
-    ]
+def prepare_stores(
+    data: DataConfig, tokenizer: Tokenizer, state: dict | None, dist: Distributed
+) -> list[ShardStore]:
+    """Every source's shards, as far as they are made, and held-out documents.
+
+    The first process looks up what the sources hold, and the others read what it wrote.
+    """
+    loader_state = state and state["loader"]
     if dist.is_main:
-        for store in stores:
-            store.prepare()
+        stores = open_stores(data, tokenizer, loader_state)
     dist.barrier()
-    if not dist.is_main:
-        for store in stores:
-            store.prepare()
-    return stores
+    return stores if dist.is_main else open_stores(data, tokenizer, loader_state)
+
+
+def start_workers(data: DataConfig, tokenizer: Tokenizer, dist: Distributed) -> WorkerPool | None:
+    """The processes that tokenize while training reads; the first process has them."""
+    return WorkerPool(data.workers, tokenizer) if data.workers and dist.is_main else None
 
 
 def domain_shares(data: DataConfig) -> dict[str, float]:

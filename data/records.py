@@ -19,6 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from data import builtin
+from data.hub import HUB_PREFIX, hub_error
 from data.shards import write_atomic
 from data.sources import (
     BUILTIN_PREFIX,
@@ -32,7 +33,6 @@ from data.sources import (
 from utils.config import Config, ConfigError, Problem
 from utils.logging import get_logger
 
-HUB_PREFIX = "hub:"
 ROWS_TOLD = 5
 
 
@@ -139,13 +139,8 @@ def _hub_dataset(source: RecordSource) -> Any:
     name = source.path.removeprefix(HUB_PREFIX)
     try:
         return datasets.load_dataset(name, source.subset, split=source.split)
-    except Exception as error:  # the library raises many kinds; all mean the same to a user
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"source '{source.name}': could not get '{name}' (split '{source.split}') from the "
-            f"hub: {reason}. Check the id, split, subset and network; for a gated one run "
-            "`hf auth login`; or download its files and give their folder as the path"
-        ) from error
+    except Exception as error:  # the library raises many kinds
+        raise hub_error(source.name, name, error) from error
 
 
 Value = TypeVar("Value")

@@ -1,12 +1,12 @@
-"""Where documents come from: local files and the built-in corpus.
+"""Where documents come from: the hub, local files and the built-in corpus.
 
 A source is a list of files, and a file is a list of rows; a row holds one document. That is all
 the rest of the data path knows, so that a shard can name what it holds: (file, first row, last
-row). Local files are jsonl, parquet or txt (one document a file), plain, gzip or zstd. The
-built-in corpus is one "file" per domain whose rows are generated.
+row). Files are jsonl, parquet or txt (one document a file), plain, gzip or zstd, on the disk or in
+a dataset of the hub. The built-in corpus is one "file" per domain whose rows are generated.
 
 A file's revision says what it held when it was read: a changed file is another file, and shards
-made from the old one are not reused.
+made from the old one are not reused. For the hub it is the commit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data import builtin
+from data import builtin, hub
 from utils.config import Config, ConfigError, Problem
 
 BUILTIN_PREFIX = "builtin:"
@@ -38,13 +38,19 @@ class SourceConfig(Config):
     name: str
     """Unique name, used for folders and messages."""
     path: str
-    """A file, a folder, a glob pattern, or `builtin:web`, `builtin:code`, `builtin:math`."""
+    """A file, folder or glob pattern; `hub:OWNER/NAME`; or `builtin:web`, `builtin:code`, ..."""
     weight: float
     """Share of the training tokens, relative to the other sources' weights."""
     domain: str = "web"
     """Validation loss is reported per domain (`web_val_loss`, ...)."""
     text_field: str = "text"
     """The field or column that holds the document (jsonl, parquet)."""
+    subset: str | None = None
+    """The subset of a hub dataset that has several."""
+    split: str = "train"
+    """The split of a hub dataset."""
+    revision: str | None = None
+    """A commit, tag or branch of a hub dataset; null: what is there when it is first read."""
 
     def problems(self) -> Iterator[Problem]:
         if not self.weight > 0:
@@ -63,7 +69,7 @@ class SourceFile:
     @property
     def name(self) -> str:
         """What identifies the file wherever it lies."""
-        return Path(self.path).name
+        return self.path if self.path.startswith(hub.URL_PREFIX) else Path(self.path).name
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,10 @@ def list_files(source: SourceConfig) -> list[SourceFile]:
     """The files of a source in a fixed order.
 
     Raises:
-        ConfigError: no file matches, or one is of an unknown kind.
+        ConfigError: no file matches, all are of unknown kinds, or the hub cannot be read.
     """
+    if source.path.startswith(hub.HUB_PREFIX):
+        return _list_hub_files(source)
     if source.path.startswith(BUILTIN_PREFIX):
         domain = source.path.removeprefix(BUILTIN_PREFIX)
         if domain not in builtin.DOMAINS:
@@ -98,6 +106,19 @@ def list_files(source: SourceConfig) -> list[SourceFile]:
     return [SourceFile(str(p), _revision(p)) for p in files]
 
 
+def _list_hub_files(source: SourceConfig) -> list[SourceFile]:
+    dataset = source.path.removeprefix(hub.HUB_PREFIX)
+    commit = hub.resolve_commit(source.name, dataset, source.revision)
+    urls = hub.data_files(source.name, dataset, commit, source.subset, source.split)
+    files = [SourceFile(url, commit) for url in urls if _kind(Path(url)) is not None]
+    if not files:
+        raise ConfigError(
+            f"source '{source.name}': the files of '{dataset}' ({', '.join(urls[:1])}, ...) are "
+            f"none of {', '.join(SUFFIXES)}; convert them and give the folder as the path"
+        )
+    return files
+
+
 def read_rows(source: SourceConfig, file: SourceFile, start_row: int = 0) -> Iterator[str]:
     """The documents of one file from `start_row` on; a row without text gives ''.
 
@@ -109,7 +130,7 @@ def read_rows(source: SourceConfig, file: SourceFile, start_row: int = 0) -> Ite
         rows = range(start_row, builtin.N_DOCUMENTS[domain])
         return (builtin.document(domain, i) for i in rows)
     if _kind(Path(file.path)) == ".txt":
-        return _read_txt(source, Path(file.path), start_row)
+        return _read_txt(source, file.path, start_row)
     records = read_records(source.name, file, start_row, [source.text_field])
     return (_text_of(source, file.path, row, r) for row, r in enumerate(records, start_row))
 
@@ -126,10 +147,9 @@ def read_records(
     Raises:
         ConfigError: unreadable file or missing column.
     """
-    path = Path(file.path)
-    if _kind(path) == ".parquet":
-        return _read_parquet(name, path, start_row, columns)
-    return _read_json(name, path, start_row)
+    if _kind(Path(file.path)) == ".parquet":
+        return _read_parquet(name, file.path, start_row, columns)
+    return _read_json(name, file.path, start_row)
 
 
 def sample_texts(source: SourceConfig) -> Iterator[str]:
@@ -155,26 +175,33 @@ def _revision(path: Path) -> str:
     return f"{size}-{digest.hexdigest()[:16]}"
 
 
-def _open(name: str, path: Path) -> object:
+def _open(name: str, path: str) -> object:
     import pyarrow as pa
 
     try:
-        compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
-        return pa.input_stream(str(path), compression=compression)
+        compression = {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix)
+        return pa.input_stream(_located(name, path), compression=compression)
     except OSError as error:
         raise ConfigError(f"source '{name}': cannot read {path}: {error}") from error
 
 
-def _read_json(name: str, path: Path, start_row: int) -> Iterator[Record | BrokenRow]:
+def _located(name: str, path: str) -> Any:
+    """What pyarrow reads: a path of this machine, or an open file of the hub."""
+    return hub.open_url(name, path) if path.startswith(hub.URL_PREFIX) else path
+
+
+def _read_json(name: str, path: str, start_row: int) -> Iterator[Record | BrokenRow]:
     """A record a line; or, in a file that begins with '[', one array of all records."""
     with _open(name, path) as stream:
         lines = io.BufferedReader(stream, 1 << 20)
         try:
-            if _kind(path) == ".json" and lines.peek(1)[:1] == b"[":
+            if _kind(Path(path)) == ".json" and lines.peek(1)[:1] == b"[":
                 yield from map(_checked, json.load(lines)[start_row:])
                 return
             filled = (line for line in lines if line.strip())
             yield from map(_parse, islice(filled, start_row, None))
+        except ConfigError:  # of the hub; a ValueError too
+            raise
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"source '{name}': {path} is damaged ({error}); fetch it again"
@@ -219,13 +246,14 @@ def _text_of(source: SourceConfig, path: str, row: int, record: Record | BrokenR
 
 
 def _read_parquet(
-    name: str, path: Path, start_row: int, columns: list[str] | None
+    name: str, path: str, start_row: int, columns: list[str] | None
 ) -> Iterator[Record | BrokenRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    damages = (pa.ArrowInvalid, OSError)  # looked up now: at exit pyarrow may be gone before us
     try:
-        with pq.ParquetFile(path) as table:
+        with pq.ParquetFile(_located(name, path)) as table:
             for column in columns or ():
                 if column not in table.schema_arrow.names:
                     raise ConfigError(
@@ -238,7 +266,7 @@ def _read_parquet(
                 for i in range(max(0, start_row - row), len(batch)):
                     yield _parquet_record(batch, i)
                 row += len(batch)
-    except (pa.ArrowInvalid, OSError) as error:
+    except damages as error:
         raise ConfigError(
             f"source '{name}': {path} is damaged ({error}); fetch it again"
         ) from error
@@ -262,7 +290,7 @@ def _row_groups_from(table: object, start_row: int) -> tuple[list[int], int]:
     return [], first_row
 
 
-def _read_txt(source: SourceConfig, path: Path, start_row: int) -> Iterator[str]:
+def _read_txt(source: SourceConfig, path: str, start_row: int) -> Iterator[str]:
     if start_row > 0:
         return
     with _open(source.name, path) as stream:

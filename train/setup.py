@@ -39,7 +39,7 @@ RESUME_MAY_CHANGE = (
     "train.micro_batch", "train.log_every", "train.eval_every", "train.save_every",
     "train.save_every_hours", "train.keep_checkpoints", "train.mirror_dir",
     "train.stability", "train.wandb_project", "train.eval_tasks", "train.eval_data_dir",
-    "runtime", "cost", "runs_dir", "data.cache_dir",
+    "runtime", "cost", "runs_dir", "data.cache_dir", "data.workers", "data.max_cache_gb",
 )  # fmt: skip
 # A run branched off another's checkpoint may also change where it goes from there; not
 # `optim.kind`, since one optimizer's state is of no use to another.

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.shards import ShardStore
-from data.streaming import DataConfig, PretrainLoader
+from data.streaming import DataConfig, PretrainLoader, open_stores
 from data.tokenizer import TokenizerConfig, load_tokenizer
 
 REAL = Path(__file__).parents[3] / "shared/data"
@@ -30,10 +29,7 @@ def test_shares_of_real_text_stay_within_a_piece_over_20m_tokens(tmp_path):
         cache_dir=str(tmp_path / "cache"),
     )
     tokenizer = load_tokenizer(TokenizerConfig(path=str(REAL / "tokenizers/llama2")))
-    stores = [ShardStore(s, tokenizer, config.cache_dir, 8.0, 0.005) for s in config.sources]
-    for store in stores:
-        store.prepare()
-    loader, worst = PretrainLoader(stores, config, 0, 1, 1), 0.0
+    loader, worst = PretrainLoader(open_stores(config, tokenizer), config, 0, 1, 1), 0.0
     total = 0
     while total < 20_000_000:
         next(loader)

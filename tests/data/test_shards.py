@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.shards import ShardStore, is_held_out
+from data import shards
+from data.shards import ShardInfo, ShardStore, is_held_out
 from data.sources import SourceConfig
 from data.tokenizer import TokenizerConfig, train_tokenizer
+from data.windows import first_epoch
 from utils.config import ConfigError
 
 TEXTS = [f"Document {i} says {'la ' * (i % 40)}and ends." for i in range(400)]
@@ -35,8 +37,10 @@ def make_store(files, cache, fraction=FRACTION) -> ShardStore:
 
 
 def prepared(files, cache) -> ShardStore:
+    """A store with all its shards and the held-out documents."""
     store = make_store(files, cache)
-    store.prepare()
+    store.held_out(10**9)
+    list(first_epoch(store, seed=0))
     return store
 
 
@@ -44,10 +48,14 @@ def contents(store: ShardStore) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(store.directory.glob("*.safetensors"))}
 
 
+def in_order(store: ShardStore) -> list[ShardInfo]:
+    return [store.shards[key] for key in sorted(store.shards)]
+
+
 def test_shards_hold_every_training_document_in_order(files, tmp_path):
     store = prepared(files, tmp_path / "cache")
     assert len(store.shards) > 3
-    read = [store.read(i) for i in range(len(store.shards))]
+    read = [store.read(info) for info in in_order(store)]
     documents = [d[i].tolist() for d in read for i in range(len(d))]
     training = [t for t in TEXTS if not is_held_out(t, FRACTION)]
     held_out = [t for t in TEXTS if is_held_out(t, FRACTION)]
@@ -56,28 +64,32 @@ def test_shards_hold_every_training_document_in_order(files, tmp_path):
     assert 0.05 < len(held_out) / len(TEXTS) < 0.15
 
 
-def test_the_manifest_says_what_each_shard_holds(files, tmp_path):
+def test_the_record_says_what_each_shard_holds(files, tmp_path):
     store = prepared(files, tmp_path / "cache")
     manifest = json.loads((store.directory / "manifest.json").read_text())
-    assert manifest["complete"]
-    rows = [(s["file"], s["first_row"], s["end_row"]) for s in manifest["shards"]]
-    for (file, first, end), (next_file, next_first, _) in itertools.pairwise(rows):
-        assert next_first == (end if next_file == file else 0)
-        assert first < end
-    assert sum(s["documents"] + s["held_out_documents"] for s in manifest["shards"]) == 400
+    assert [Path(f["path"]).name for f in manifest["files"]] == ["a.jsonl", "b.jsonl"]
+    lines = (store.directory / "shards.jsonl").read_text().splitlines()
+    recorded = [ShardInfo(**json.loads(line)) for line in lines if line]
+    assert sorted(recorded, key=lambda s: (s.file, s.first_row)) == in_order(store)
+    for info, following in itertools.pairwise(in_order(store)):
+        assert info.first_row < info.end_row
+        assert following.first_row == (0 if info.last else info.end_row)
+        assert following.file == info.file + info.last
+    assert sum(s.documents + s.held_out_documents for s in in_order(store)) == 400
 
 
 def test_nothing_there_is_tokenized_again(files, tmp_path, monkeypatch):
     before = contents(prepared(files, tmp_path / "cache"))
-    monkeypatch.setattr(ShardStore, "_tokenize", None)  # calling it would raise
+    monkeypatch.setattr(shards, "_tokenize", None)  # calling it would raise
+    monkeypatch.setattr(shards, "read_rows", None)
     assert contents(prepared(files, tmp_path / "cache")) == before
 
 
 @pytest.mark.parametrize("damage", ["delete", "flip", "truncate"])
 def test_a_lost_shard_is_made_again_alone(files, tmp_path, monkeypatch, damage):
     store = prepared(files, tmp_path / "cache")
-    before = contents(store)
-    path = store._path(1)
+    before, info = contents(store), in_order(store)[1]
+    path = store.path(info)
     data = bytearray(path.read_bytes())
     if damage == "delete":
         path.unlink()
@@ -85,27 +97,27 @@ def test_a_lost_shard_is_made_again_alone(files, tmp_path, monkeypatch, damage):
         data[-20] ^= 1
         path.write_bytes(data if damage == "flip" else data[:-5])
     made = []
-    tokenize = ShardStore._tokenize
+    tokenize = shards._tokenize
     monkeypatch.setattr(
-        ShardStore,
+        shards,
         "_tokenize",
-        lambda self, texts: made.append(len(texts)) or tokenize(self, texts),
+        lambda job, tokenizer: made.append(len(job.texts)) or tokenize(job, tokenizer),
     )
     again = prepared(files, tmp_path / "cache")
-    for i in range(len(again.shards)):
+    for i in in_order(again):
         again.read(i)
-    info = again.shards[1]
     assert made == [info.end_row - info.first_row]
     assert contents(again) == before
 
 
 def test_a_lost_shard_whose_text_has_changed_is_refused(files, tmp_path):
     store = prepared(files, tmp_path / "cache")
-    store._path(0).unlink()
+    info = in_order(store)[0]
+    store.path(info).unlink()
     lines = (files / "a.jsonl").read_text().splitlines(keepends=True)
     (files / "a.jsonl").write_text("".join([json.dumps({"text": "other"}) + "\n", *lines[1:]]))
     with pytest.raises(ConfigError, match="tokenize to something else"):
-        store.read(0)
+        store.read(info)
 
 
 def test_another_tokenizer_or_fraction_makes_another_folder(files, tmp_path):
@@ -116,18 +128,11 @@ def test_another_tokenizer_or_fraction_makes_another_folder(files, tmp_path):
     assert make_store(moved, tmp_path).directory == base.directory
 
 
-def test_an_empty_source_is_said(tmp_path):
-    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
-    store = make_store(tmp_path / "empty.jsonl", tmp_path / "cache")
-    with pytest.raises(ConfigError, match="no training documents"):
-        store.prepare()
-
-
 def test_lone_surrogates_do_not_stop_it(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a \\ud800 b"}\n{"text": "c"}\n')
     store = make_store(tmp_path / "a.jsonl", tmp_path / "cache", fraction=1e-9)
-    store.prepare()
-    assert TOKENIZER.decode(store.read(0)[0]) == "a ? b"
+    (info,) = first_epoch(store, seed=0)
+    assert TOKENIZER.decode(store.read(info)[0]) == "a ? b"
 
 
 def test_held_out_is_cut_at_the_asked_number_of_tokens(files, tmp_path):
@@ -138,7 +143,7 @@ def test_held_out_is_cut_at_the_asked_number_of_tokens(files, tmp_path):
 
 @pytest.mark.parametrize("kill_at", [1, 2, 3, 4, 7])
 def test_a_build_killed_at_a_write_goes_on_where_it_was(files, tmp_path, monkeypatch, kill_at):
-    """Shards and the manifest are written in turn: odd numbers die before a shard is there."""
+    """Manifest, held-out documents, then a shard each: it dies just before one is there."""
     before = contents(prepared(files, tmp_path / "undisturbed"))
     child = os.fork()
     if child == 0:

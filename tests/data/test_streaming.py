@@ -9,6 +9,7 @@ from data.packing import IGNORE, Batch
 from data.shards import ShardStore
 from data.streaming import DataConfig, Prefetcher, PretrainLoader, held_out_batches
 from data.tokenizer import TokenizerConfig, train_tokenizer
+from data.windows import first_epoch
 from utils.config import ConfigError
 
 LENGTHS = {"web": 60, "code": 25, "math": 9}  # documents; the smallest source repeats soonest
@@ -56,7 +57,7 @@ def stores(config) -> list[ShardStore]:
         for s in config.sources
     ]
     for store in stores:
-        store.prepare()
+        list(first_epoch(store, seed=0))
     return stores
 
 
@@ -174,10 +175,9 @@ def test_an_epoch_gives_every_training_token_once(stores, config):
         counts += torch.bincount(torch.from_numpy(piece.tokens), minlength=300)
         only.streams[0].peek()  # moves on to the next epoch when this one ends
     expected = torch.zeros(300, dtype=torch.int64)
-    for i in range(len(store.shards)):
-        expected += torch.bincount(
-            torch.from_numpy(store.read(i).tokens.astype("int64")), minlength=300
-        )
+    for info in store.shards.values():
+        tokens = torch.from_numpy(store.read(info).tokens.astype("int64"))
+        expected += torch.bincount(tokens, minlength=300)
     assert torch.equal(counts, expected)
 
 
@@ -187,7 +187,7 @@ def test_epochs_and_seeds_have_orders_of_their_own(stores, config):
     stream = first.streams[0]
     epochs: list[list[int]] = []
     for epoch in range(2):
-        stream.load_state_dict({"epoch": epoch, "shard": 0, "document": 0, "offset": 0})
+        stream.load_state_dict(stream.state_dict() | {"epoch": epoch, "document": 0, "offset": 0})
         epochs.append(stream.next_piece().tokens.tolist())
     assert epochs[0] != epochs[1]
 
@@ -199,7 +199,7 @@ def test_held_out_documents_are_never_trained_on(stores, config):
     training = {
         tuple(d[i].tolist())
         for s in stores
-        for d in map(s.read, range(len(s.shards)))
+        for d in map(s.read, s.shards.values())
         for i in range(len(d))
     }
     assert held_out
@@ -211,6 +211,5 @@ def test_held_out_documents_are_never_trained_on(stores, config):
 def test_a_domain_without_held_out_documents_is_refused(folder, config):
     changed = config.model_copy(update={"held_out_fraction": 1e-9})
     store = ShardStore(config.sources[0], TOKENIZER, str(folder / "cache2"), 0.002, 1e-9)
-    store.prepare()
     with pytest.raises(ConfigError, match="raise it"):
         held_out_batches([store], changed, 2)
