@@ -43,27 +43,30 @@ def _add_norm(
 @triton.jit
 def _add_norm_backward(
     total, weight, grad_normed, grad_total, grad, partial, rows, eps,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK_C)
-    w = tl.load(weight + column, mask=column < C, other=0.0)[None, :]
-    grad_weight = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
-        at = row[:, None] * C + column[None, :]
-        inside = (row < rows)[:, None] & (column < C)[None, :]
+    inside = column < C
+    w = tl.load(weight + column, mask=inside, other=0.0)
+    grad_weight = tl.zeros((BLOCK_C,), tl.float32)
+    stride = tl.full((), C, tl.int64)
+    # The next rows are on their way while one is summed: a program that asked for a row only when
+    # done with the one before would leave the memory idle half of the time.
+    for row in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
+        at = row * stride + column
         x = tl.load(total + at, mask=inside, other=0.0).to(tl.float32)
         upstream = tl.load(grad_normed + at, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(x * x, 1) / C + eps)[:, None]
+        along = upstream * w
+        # Two sums at once: one exchange between the warps instead of two.
+        square, overlap = tl.split(tl.sum(tl.join(x * x, along * x), 0))
+        scale = tl.rsqrt(square / C + eps)
         unit = x * scale
         grad_weight += upstream * unit
-        along = upstream * w
-        result = scale * (along - unit * (tl.sum(along * unit, 1) / C)[:, None])
+        result = scale * (along - unit * (scale * overlap / C))
         if ADD:
             result += tl.load(grad_total + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(grad + at, result.to(grad.dtype.element_ty), mask=inside)
-    summed = tl.sum(grad_weight, 0)
-    tl.store(partial + tl.program_id(0) * C + column, summed, mask=column < C)
+    tl.store(partial + tl.program_id(0) * C + column, grad_weight, mask=inside)
 
 
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -84,14 +87,14 @@ def add_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     rows, size = total.shape
     block = triton.next_power_of_2(size)
-    per_program = max(1, 4096 // block)
-    programs = min(triton.cdiv(rows, per_program), 4 * _multiprocessors(total.device))
+    warps = min(16, max(1, block // 256))  # 8 numbers, 16 bytes of bf16, for each thread
+    programs = min(rows, 32 // warps * _multiprocessors(total.device))  # all of them at work at once
     grad = torch.empty_like(total)
     partial = torch.empty(programs, size, dtype=torch.float32, device=total.device)
     _add_norm_backward[(programs,)](
         total, weight, grad_normed, total if grad_total is None else grad_total, grad, partial,
         rows, eps,
-        C=size, BLOCK_C=block, ROWS=per_program, ADD=grad_total is not None, num_warps=8,
+        C=size, BLOCK_C=block, ADD=grad_total is not None, STAGES=3, num_warps=warps,
     )  # fmt: skip
     return grad, partial.sum(0)
 
