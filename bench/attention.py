@@ -3,8 +3,9 @@
     python -m bench.attention --shape 160m --rows 32
     python -m bench.attention --shape 600m --rows 32 --kernels fa4,varlen
 
-Rows of 2,048 tokens, documents of 676 in the mean. "bounds" is the length of cu_seqlens: as the
-loader makes it (33 entries a row, most of them empty documents) or as long as the documents need.
+Rows of 2,048 tokens, documents of 676 in the mean. "bounds" is the length of cu_seqlens: with
+33 entries a row, most of them empty documents, or as long as the documents need, as the loader
+makes it.
 "packed" gives q, k and v as views of one tensor, as the fused step does. Needs a GPU.
 """
 
@@ -16,7 +17,7 @@ import json
 import torch
 from triton.testing import do_bench
 
-from bench.step import make_batches, trimmed
+from bench.step import make_batches, padded
 from models.attention import KERNELS, attention, choose_kernel, document_mask
 from models.config import ModelConfig
 from utils.config import load_config
@@ -42,8 +43,8 @@ def main() -> None:
     )
     for kernel in args.kernels.split(","):
         for which, bounds in (
-            ("all", batch.cu_seqlens),
-            ("needed", trimmed(batch).cu_seqlens),
+            ("all", padded(batch).cu_seqlens),
+            ("needed", batch.cu_seqlens),
         ):
             for layout in ("separate", "packed"):
                 try:

@@ -73,13 +73,15 @@ def elementwise_parts(config: ModelConfig, tokens: int) -> None:
     )
     heads = config.n_heads + 2 * config.n_kv_heads
     qkv = draw(tokens, heads, config.head_dim)
-    q = qkv[:, : config.n_heads]
+    turned = qkv[:, : config.n_heads + config.n_kv_heads]
     positions = torch.arange(config.max_seq_len, device="cuda").repeat(tokens // config.max_seq_len)
     cos, signed_sin = rotary_angles(positions[None], config.head_dim, config.rope_theta)
     angles = cos[0, :, 0, 0], signed_sin[0, :, 0, 1]
-    time_of("rotate q in place", lambda: elementwise.rotate_heads(q, q, angles), (q, q))
-    out = draw(tokens, config.n_heads, config.head_dim)
-    time_of("copy q into qkv", lambda: elementwise.rotate_heads(out, q, None), (q, q))
+    time_of(
+        "rotate q and k in place",
+        lambda: elementwise.rotate_heads(turned, angles),
+        (turned, turned),
+    )
     gate_up, product = draw(tokens, 2 * config.d_ffn), draw(tokens, config.d_ffn)
     time_of("swiglu", lambda: elementwise.swiglu(gate_up), (gate_up, product))
     time_of(

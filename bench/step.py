@@ -10,7 +10,7 @@ A variant is what runs the blocks, and settings of it, joined by +:
     fused                       models/fused.py, with fast, balanced or low; with fp8
     hf                          transformers' SmolLM3, torch.compile; with liger, eager
     bf16logits                  the head's logits in bf16
-    trim                        cu_seqlens only as long as the documents need (in steps of 64)
+    padded                      cu_seqlens with room for 33 documents a row, most of them empty
     twopass                     the loss from token_logprobs, which multiplies by the head twice
 
 All see the same packed rows (documents of 676 tokens in the mean, exponentially distributed; tokens
@@ -172,10 +172,11 @@ def reference_loss(config: ModelConfig, weights: dict, batch: Batch, device: tor
 # Variants
 
 
-def trimmed(batch: Batch) -> Batch:
-    """Without most of the empty documents at the end of cu_seqlens."""
-    used = int((batch.cu_seqlens < batch.cu_seqlens[-1]).sum()) + 1
-    return replace(batch, cu_seqlens=batch.cu_seqlens[: -(-used // 64) * 64])
+def padded(batch: Batch) -> Batch:
+    """With room in cu_seqlens for as many documents as the rows may hold."""
+    unused = len(batch.tokens) * (MAX_DOCUMENTS + 1) + 1 - len(batch.cu_seqlens)
+    bounds = torch.nn.functional.pad(batch.cu_seqlens, (0, unused), value=batch.tokens.numel())
+    return replace(batch, cu_seqlens=bounds)
 
 
 def build(
@@ -224,8 +225,8 @@ def measure(
     on_gpu = device.type == "cuda"
     model, loss_of = build(variant, config, weights, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    if "trim" in variant:
-        batches = [trimmed(batch) for batch in batches]
+    if "padded" in variant:
+        batches = [padded(batch) for batch in batches]
     batches = [batch.to(device) for batch in batches]
     count = 0
 

@@ -9,9 +9,11 @@ and attention does not look back. Its last token before the cut still learns to 
 after it, because targets travel with the pieces: packing loses no target, and no target ever
 crosses from one document to the next.
 
-`cu_seqlens` has a fixed length so that a compiled step and its kernels see one shape. A row that
-holds `max_documents` pieces is closed early; its tail is padding, a document of its own in which
-nothing is learned.
+`cu_seqlens` is as long as the documents need, rounded up in steps of 64: attention kernels set
+memory aside for every entry, 128 rows in flash-attn-4's backward pass, so room for as many
+documents as rows may hold would cost more than the documents (docs/LOG.md). A row that holds
+`max_documents` pieces is closed early; its tail is padding, a document of its own in which nothing
+is learned.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 from utils.seed import derive, shuffle_order
 
 IGNORE = -100
+BOUNDS_STEP = 64  # cu_seqlens comes in few lengths, and with few entries to spare
 
 
 @dataclass
@@ -35,8 +38,8 @@ class Batch:
         tokens: (B, T) int64.
         targets: (B, T) int64, the token to predict at each place, -100 where nothing is learned.
         positions: (B, T) int64, restarting at each document.
-        cu_seqlens: (B * (max_documents + 1) + 1,) int32, where documents begin and end in the B * T
-            tokens; documents do not cross rows; unused entries repeat the end.
+        cu_seqlens: (documents + 1,) int32, where documents begin and end in the B * T tokens;
+            documents do not cross rows; unused entries repeat the end.
         max_seqlen: T.
         weight: denominator of the loss; here the number of targets.
         attended_pairs: (query, key) pairs that the causal document mask leaves, for counting FLOPs.
@@ -251,7 +254,9 @@ def make_batch(rows: list[Row], seq_len: int, max_documents: int) -> Batch:
             positions[r, at:] = np.arange(seq_len - at)
             ends.append((r + 1) * seq_len)
     # One entry more a row than pieces, for the padding.
-    cu_seqlens = np.full(len(rows) * (max_documents + 1) + 1, len(rows) * seq_len, dtype=np.int32)
+    most = len(rows) * (max_documents + 1) + 1
+    bounds = min(-(-(len(ends) + 1) // BOUNDS_STEP) * BOUNDS_STEP, most)
+    cu_seqlens = np.full(bounds, len(rows) * seq_len, dtype=np.int32)
     cu_seqlens[0] = 0
     cu_seqlens[1 : len(ends) + 1] = ends
     return Batch(

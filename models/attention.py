@@ -268,12 +268,15 @@ def _fa4_backward(
     cu_seqlens: Tensor,
     max_seqlen: int,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:
+    """Gradients of q, k and v side by side, (N, H + 2 K, D): as one product made them."""
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    # The gradients are laid out as q, k and v are: dimensions in this order, whatever the row.
     q, k, v = (x if _ordered(x) else x.contiguous() for x in (q, k, v))
-    dq, dk, dv, *_ = _flash_attn_bwd(
+    heads = [x.shape[1] for x in (q, k, v)]
+    packed = q.new_empty(len(q), sum(heads), q.shape[2])
+    dq, dk, dv = packed.split(heads, 1)
+    _flash_attn_bwd(
         q,
         k,
         v,
@@ -286,8 +289,11 @@ def _fa4_backward(
         max_seqlen_q=max_seqlen,
         max_seqlen_k=max_seqlen,
         deterministic=deterministic,
+        dq=dq,
+        dk=dk,
+        dv=dv,
     )
-    return dq, dk, dv
+    return packed
 
 
 @_fa4_backward.register_fake
@@ -301,8 +307,8 @@ def _(
     cu_seqlens: Tensor,
     max_seqlen: int,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+) -> Tensor:
+    return q.new_empty(len(q), q.shape[1] + 2 * k.shape[1], q.shape[2])
 
 
 def _ordered(x: Tensor) -> bool:
@@ -316,8 +322,9 @@ def _fa4_save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _fa4_gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _fa4_backward(grad, *ctx.saved_tensors, ctx.max_seqlen, ctx.deterministic)
-    return *grads, None, None, None
+    packed = _fa4_backward(grad, *ctx.saved_tensors, ctx.max_seqlen, ctx.deterministic)
+    heads = [x.shape[1] for x in ctx.saved_tensors[:3]]
+    return *packed.split(heads, 1), None, None, None
 
 
 _fa4_forward.register_autograd(_fa4_gradient, setup_context=_fa4_save)

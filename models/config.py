@@ -87,28 +87,45 @@ class ModelConfig(Config):
         return self.training_flops(seq_len, seq_len * (seq_len + 1) // 2) // seq_len
 
     def memory_gib(
-        self, micro_batch: int, seq_len: int, bytes_per_activation: int = 2
+        self,
+        micro_batch: int,
+        seq_len: int,
+        memory: str | None = "fast",
+        bytes_per_activation: int = 2,
     ) -> dict[str, float]:
         """Training memory by use, in GiB, before what the allocator and the kernels add.
 
         weights, gradients: 4 bytes for each parameter; optimizer: AdamW's two moments, 8 bytes.
-        activations, an estimate: what autograd keeps of each token in each layer is
+        activations, an estimate: what is kept of each token in each layer is
         4 d_model (both norms' inputs and outputs), 2 (n_heads + n_kv_heads) head_dim
-        (q, k, v and attention's output) and 3 d_ffn (gate, up and their product).
+        (q, k, v and attention's output) and 3 d_ffn (gate, up and their product), of which fused
+        blocks leave out what their mode says (`models.fused.MEMORY`).
+        working: what the backward pass of one layer has beside that: 3 d_model, d_ffn, and what is
+        computed again.
         head: the final hidden states with their gradient, the float32 gradient of the matrix and,
         for one chunk, the float32 logits with their gradient.
+
+        Args:
+            memory: the mode of fused blocks; None: the plain modules.
         """
         tokens = micro_batch * seq_len
-        kept_per_layer = (
-            4 * self.d_model + 2 * (self.n_heads + self.n_kv_heads) * self.head_dim + 3 * self.d_ffn
-        )
+        attention = 2 * (self.n_heads + self.n_kv_heads) * self.head_dim
+        whole = 4 * self.d_model + attention + 2 * self.d_ffn
+        kept = {
+            "fast": whole,
+            "balanced": whole - 3 * self.d_model,
+            "low": self.d_model,
+            None: whole + self.d_ffn,
+        }[memory]
+        working = 3 * self.d_model + self.d_ffn + max(0, whole - kept)
         hidden = 2 * tokens * self.d_model * bytes_per_activation
         chunk = min(tokens, HEAD_CHUNK_TOKENS) * self.vocab_size * (4 + bytes_per_activation)
         parts = {
             "weights": 4 * self.n_params,
             "gradients": 4 * self.n_params,
             "optimizer": 8 * self.n_params,
-            "activations": tokens * self.n_layers * kept_per_layer * bytes_per_activation,
+            "activations": tokens * self.n_layers * kept * bytes_per_activation,
+            "working": tokens * working * bytes_per_activation,
             "head": hidden + chunk + 4 * self.vocab_size * self.d_model,
         }
         return {name: size / GIB for name, size in (parts | {"total": sum(parts.values())}).items()}

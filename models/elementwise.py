@@ -42,27 +42,22 @@ def add_norm_backward(
     return grad.to(total.dtype), (upstream * unit).sum(0)
 
 
-def rotate_heads(
-    source: Tensor, out: Tensor, rotation: tuple[Tensor, Tensor] | None, inverse: bool = False
-) -> None:
-    """Writes each head of `source` (N, H, D), turned by its token's angles, to `out`.
+def rotate_heads(heads: Tensor, rotation: tuple[Tensor, Tensor], inverse: bool = False) -> None:
+    """Turns each head of `heads` (N, H, D), in place, by its token's angles.
 
-    Heads may lie inside wider rows. `out` may be `source`.
+    Heads may lie inside wider rows.
 
     Args:
-        rotation: cosines and sines (N, D/2) of the angles; None: a copy.
+        rotation: cosines and sines (N, D/2) of the angles.
         inverse: turn the other way: the gradient.
     """
-    if kernels := _kernels(source):
-        kernels.rotate_heads(source, out, rotation, inverse)
-        return
-    if rotation is None:
-        out.copy_(source)
+    if kernels := _kernels(heads):
+        kernels.rotate_heads(heads, rotation, inverse)
         return
     cos, sin = (x[:, None] for x in rotation)  # (N, 1, D/2)
     sin = -sin if inverse else sin
-    first, second = source.to(cos.dtype).chunk(2, -1)
-    out.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), -1))
+    first, second = heads.to(cos.dtype).chunk(2, -1)
+    heads.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), -1))
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -76,7 +71,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def swiglu_backward(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """The product (N, F) once more, and the gradient of `gate_up` (N, 2F).
 
-    The product may be written over `grad`, the gradient (N, F) of the product.
+    They may be written over `grad`, the gradient (N, F) of the product, and over `gate_up`.
     """
     if kernels := _kernels(gate_up):
         return kernels.swiglu_backward(gate_up, grad)

@@ -15,10 +15,12 @@ run as plain torch (`models/elementwise.py`), so all of this is tested on a CPU 
 Left out: double backward; frozen weights (their gradients are computed and dropped).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import elementwise
@@ -65,6 +67,15 @@ Pair = tuple[Tensor, Tensor | None]
 """The residual stream (N, C) as a sum of two; there is no second before the first block."""
 
 
+def fused_embedding(weight: Tensor, tokens: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Rows of `weight` (V, C) times `scale`, (B, T, C) in `dtype`.
+
+    The table is scaled and rounded before the lookup, which gives the same numbers and, with fewer
+    words than tokens, moves fewer bytes.
+    """
+    return _FusedEmbedding.apply(weight, tokens, scale, dtype)
+
+
 def fused_block(
     block: nn.Module,
     stream: Pair,
@@ -92,6 +103,24 @@ def fused_block(
 def fused_norm(norm: nn.Module, stream: Pair) -> Tensor:
     """`norm`, a `models.layers.RMSNorm`, of the stream's sum."""
     return _FusedNorm.apply(*stream, norm.weight, norm.eps)
+
+
+class _FusedEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, tokens: Tensor, scale: float, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.words, ctx.scale, ctx.wide = len(weight), scale, weight.dtype
+        return F.embedding(tokens, (weight * scale).to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (tokens,) = ctx.saved_tensors
+        summed = torch.ops.aten.embedding_dense_backward(
+            grad.to(ctx.wide), tokens, ctx.words, -1, False
+        )
+        return summed.mul_(ctx.scale), None, None, None
 
 
 class _FusedNorm(torch.autograd.Function):
@@ -192,9 +221,9 @@ def _compute(
     keep: Keep, w: _Weights, rotation: Rotation, mask: DocumentMask, settings: Settings
 ) -> None:
     """Fills in what is missing, up to the gate and up projections."""
-    if keep.attention_normed is None:
-        keep.attention_normed = _norm(keep.x, w.attention_norm, settings)
     if keep.attended is None:
+        if keep.attention_normed is None:
+            keep.attention_normed = _norm(keep.x, w.attention_norm, settings)
         keep.attended = _attend(keep.attention_normed, w, rotation, mask, settings)
     if keep.middle is None:
         delta = w.o.apply(keep.attended[1].detach().flatten(0, 1).flatten(1))
@@ -212,10 +241,8 @@ def _attend(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """Queries, keys and values (B, T, heads, D) as leaves of a graph, and attention's output."""
     qkv = w.qkv.apply(normed)  # (N, (H + 2 K) D)
+    _rotate(qkv, rotation, settings)
     q, k, v = _heads(qkv, settings)
-    if settings.has_rope:
-        for x in (q, k):
-            elementwise.rotate_heads(x, x, _angles(rotation))
     shape = rotation[0].shape[:2]
     with torch.enable_grad():
         leaves = tuple(x.unflatten(0, shape).detach().requires_grad_() for x in (q, k, v))
@@ -228,10 +255,28 @@ def _heads(qkv: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     return qkv.unflatten(1, (sum(counts), -1)).split(counts, 1)
 
 
-def _angles(rotation: Rotation) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (N, D/2), from the form that `models.layers.rotate` wants."""
-    cos, signed_sin = (x.flatten(0, 1)[:, 0, -1] for x in rotation)
-    return cos, signed_sin
+def _rotate(qkv: Tensor, rotation: Rotation, settings: Settings, inverse: bool = False) -> None:
+    """Turns the queries and keys of the packed projections (N, (H + 2 K) D), in place."""
+    if not settings.has_rope:
+        return
+    # Cosines and sines (N, D/2), from the form that `models.layers.rotate` wants.
+    cos, sin = (x.flatten(0, 1)[:, 0, -1] for x in rotation)
+    heads = settings.n_heads + settings.n_kv_heads
+    both = qkv.unflatten(1, (heads + settings.n_kv_heads, -1))[:, :heads]
+    elementwise.rotate_heads(both, (cos, sin), inverse)
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors (N, heads, D) as one (N, all heads x D): without a copy if they are already."""
+    first, heads = parts[0], sum(part.shape[1] for part in parts)
+    n, _, size = first.shape
+    place = first.storage_offset()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or part.storage_offset() != place or part.stride() != (heads * size, size, 1):
+            return torch.cat(tuple(parts), 1).flatten(1)
+        place += part.shape[1] * size
+    return first.as_strided((n, heads * size), (heads * size, 1))
 
 
 def _ffn_backward(
@@ -243,11 +288,7 @@ def _ffn_backward(
     keep.gate_up = None
     down = weight_gradient(grad_out, product)
     del product, grad_product
-    normed = keep.ffn_normed
-    if normed is None:
-        normed = _norm(keep.middle, w.ffn_norm, settings)
-    gate, up = weight_gradient(grad_gate_up, normed).chunk(2)
-    del normed
+    gate, up = weight_gradient(grad_gate_up, keep.ffn_normed).chunk(2)
     keep.ffn_normed = None
     grad_normed = w.gate_up.input_gradient(grad_gate_up)
     del grad_gate_up
@@ -268,13 +309,14 @@ def _attention_backward(
     grads = torch.autograd.grad(out, leaves, grad_out)  # (B, T, H, D), twice (B, T, K, D)
     del leaves, out, grad_out
     sizes = [g.shape[2] * g.shape[3] for g in grads]
-    grad_qkv = grad_middle.new_empty(len(grad_middle), sum(sizes))
-    turn = _angles(rotation) if settings.has_rope else None
-    parts = _heads(grad_qkv, settings)
-    for grad, part, angles in zip(grads, parts, (turn, turn, None), strict=True):
-        elementwise.rotate_heads(grad.flatten(0, 1).contiguous(), part, angles, inverse=True)
-    del grads, grad
-    q, k, v = weight_gradient(grad_qkv, keep.attention_normed).split(sizes)
+    grad_qkv = _side_by_side([g.flatten(0, 1) for g in grads])
+    del grads
+    _rotate(grad_qkv, rotation, settings, inverse=True)
+    normed = keep.attention_normed
+    if normed is None:
+        normed = _norm(keep.x, w.attention_norm, settings)
+    q, k, v = weight_gradient(grad_qkv, normed).split(sizes)
+    del normed
     grad_normed = w.qkv.input_gradient(grad_qkv)
     grad, norm = elementwise.add_norm_backward(
         keep.x, w.attention_norm, grad_normed, grad_middle, settings.eps

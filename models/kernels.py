@@ -2,8 +2,9 @@
 
 Between the matrix products of a block nothing is left to compute but to move bytes, so a kernel is
 as good as the bytes it does not move: the residual is added where the norm reads it, rotations are
-done in place on the packed projections, the backward pass of SwiGLU writes the product that the
-next matrix needs, and a row of logits is turned into its gradient where it stands.
+done in place on the packed projections, the backward pass of SwiGLU also writes the product that
+the next matrix needs, all of it over its inputs, and a row of logits is turned into its gradient
+where it stands.
 
 Sums over rows (norm weights) go through one partial sum per program, added in a fixed order: no
 atomic operations, so results repeat to the bit. Every kernel has its definition in plain torch in
@@ -88,7 +89,8 @@ def add_norm_backward(
     rows, size = total.shape
     block = triton.next_power_of_2(size)
     warps = min(16, max(1, block // 256))  # 8 numbers, 16 bytes of bf16, for each thread
-    programs = min(rows, 32 // warps * _multiprocessors(total.device))  # all of them at work at once
+    at_once = 32 // warps * _multiprocessors(total.device)
+    programs = min(rows, at_once)
     grad = torch.empty_like(total)
     partial = torch.empty(programs, size, dtype=torch.float32, device=total.device)
     _add_norm_backward[(programs,)](
@@ -105,43 +107,35 @@ def add_norm_backward(
 
 @triton.jit
 def _rotate(
-    source, out, cos, sin, tokens, source_stride, out_stride, cos_stride, sin_stride,
+    heads, cos, sin, tokens, stride, cos_stride, sin_stride,
     HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr,
-    INVERSE: tl.constexpr, COPY: tl.constexpr,
+    INVERSE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
     inside = (token < tokens) & (d < HALF)
-    if not COPY:
-        c = tl.load(cos + token * cos_stride + d, mask=inside, other=0.0)
-        s = tl.load(sin + token * sin_stride + d, mask=inside, other=0.0)
-        if INVERSE:
-            s = -s
+    c = tl.load(cos + token * cos_stride + d, mask=inside, other=0.0)
+    s = tl.load(sin + token * sin_stride + d, mask=inside, other=0.0)
+    if INVERSE:
+        s = -s
     for head in tl.static_range(HEADS):
-        read = source + token * source_stride + head * 2 * HALF + d
-        write = out + token * out_stride + head * 2 * HALF + d
-        first = tl.load(read, mask=inside, other=0.0)
-        second = tl.load(read + HALF, mask=inside, other=0.0)
-        if not COPY:
-            a, b = first.to(tl.float32), second.to(tl.float32)
-            first, second = a * c - b * s, b * c + a * s
-        tl.store(write, first.to(out.dtype.element_ty), mask=inside)
-        tl.store(write + HALF, second.to(out.dtype.element_ty), mask=inside)
+        at = heads + token * stride + head * 2 * HALF + d
+        a = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
+        tl.store(at, (a * c - b * s).to(heads.dtype.element_ty), mask=inside)
+        tl.store(at + HALF, (b * c + a * s).to(heads.dtype.element_ty), mask=inside)
 
 
-def rotate_heads(
-    source: Tensor, out: Tensor, rotation: tuple[Tensor, Tensor] | None, inverse: bool
-) -> None:
-    tokens, heads, size = source.shape
-    assert source.stride()[1:] == out.stride()[1:] == (size, 1), "heads lie side by side"
-    cos, sin = rotation or (source, source)
+def rotate_heads(heads: Tensor, rotation: tuple[Tensor, Tensor], inverse: bool) -> None:
+    tokens, count, size = heads.shape
+    assert heads.stride()[1:] == (size, 1), "heads lie side by side"
+    cos, sin = rotation
     block = triton.next_power_of_2(size // 2)
     per_program = max(1, 1024 // block)
     _rotate[(triton.cdiv(tokens, per_program),)](
-        source, out, cos, sin, tokens,
-        source.stride(0), out.stride(0), cos.stride(0), sin.stride(0),
-        HEADS=heads, HALF=size // 2, BLOCK_D=block, TOKENS=per_program,
-        INVERSE=inverse, COPY=rotation is None, num_warps=4,
+        heads, cos, sin, tokens, heads.stride(0), cos.stride(0), sin.stride(0),
+        HEADS=count, HALF=size // 2, BLOCK_D=block, TOKENS=per_program, INVERSE=inverse,
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -161,7 +155,7 @@ def _swiglu(gate_up, product, F: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_backward(gate_up, grad_product, grad_gate_up, F: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu_backward(gate_up, grad_product, F: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < F
@@ -171,10 +165,10 @@ def _swiglu_backward(gate_up, grad_product, grad_gate_up, F: tl.constexpr, BLOCK
     grad = tl.load(grad_product + row * F + column, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
-    kind = grad_gate_up.dtype.element_ty
+    kind = gate_up.dtype.element_ty
     to_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
-    tl.store(grad_gate_up + at_gate, to_gate.to(kind), mask=inside)
-    tl.store(grad_gate_up + at_up, (grad * silu).to(kind), mask=inside)
+    tl.store(gate_up + at_gate, to_gate.to(kind), mask=inside)
+    tl.store(gate_up + at_up, (grad * silu).to(kind), mask=inside)
     tl.store(grad_product + row * F + column, (silu * up).to(kind), mask=inside)
 
 
@@ -188,12 +182,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 def swiglu_backward(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     rows, size = grad.shape
-    grad_gate_up = torch.empty_like(gate_up)
     block = min(2048, triton.next_power_of_2(size))
     _swiglu_backward[(rows, triton.cdiv(size, block))](
-        gate_up, grad, grad_gate_up, F=size, BLOCK=block, num_warps=4
+        gate_up, grad, F=size, BLOCK=block, num_warps=4
     )
-    return grad, grad_gate_up
+    return grad, gate_up
 
 
 # ---------------------------------------------------------------------------------------------

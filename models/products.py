@@ -35,7 +35,9 @@ def pack(weights: Sequence[Tensor], dtype: torch.dtype, matmul: str = "bf16") ->
     """Weights of one input, one below the other, as a matrix to multiply with."""
     sizes = [len(weight) for weight in weights]
     packed = torch.empty(sum(sizes), weights[0].shape[1], dtype=dtype, device=weights[0].device)
-    torch._foreach_copy_(packed.split(sizes), [weight.detach() for weight in weights])
+    # Not _foreach_copy_, whose few blocks took 17 us each time on an H200.
+    for part, weight in zip(packed.split(sizes), weights, strict=True):
+        part.copy_(weight.detach())
     return Fp8Matrix(packed) if matmul == "fp8" else Matrix(packed)
 
 

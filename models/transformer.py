@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from models.attention import Attention, DocumentMask, KVCache, Store, choose_kernel, document_mask
 from models.config import ModelConfig
-from models.fused import fused_block, fused_norm
+from models.fused import fused_block, fused_embedding, fused_norm
 from models.layers import RMSNorm, Rotation, SwiGLU, rotary_angles
 
 
@@ -68,6 +68,7 @@ class Transformer(nn.Module):
         self.dtype = dtype
         self.requested_kernel = kernel
         self.fused: dict[str, str] | None = None
+        self.compiled = False
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = Stack(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
@@ -103,6 +104,7 @@ class Transformer(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compiles the training path at its next call, once for each shape of batch it meets."""
+        self.compiled = True
         self.blocks.compile(dynamic=False)
         self.final_norm.compile(dynamic=False)
 
@@ -125,10 +127,15 @@ class Transformer(nn.Module):
         Returns:
             (B, T, C) in the model's dtype.
         """
+        if self.compiled:  # few shapes: cu_seqlens in powers of two
+            unused = (1 << (len(cu_seqlens) - 1).bit_length()) - len(cu_seqlens)
+            cu_seqlens = F.pad(cu_seqlens, (0, unused), value=tokens.numel())
         mask = document_mask(cu_seqlens, tokens.shape, self.attention_kernel()[0])
-        x, rotation = self.embed(tokens), self._rotation(positions)
+        rotation = self._rotation(positions)
         if self.fused is None:
-            return self.final_norm(self.blocks(x, rotation, mask))
+            return self.final_norm(self.blocks(self.embed(tokens), rotation, mask))
+        scale = math.sqrt(self.config.d_model)
+        x = fused_embedding(self.embedding.weight, tokens, scale, self.dtype)  # (B, T, C)
         stream = x.flatten(0, 1), None
         for block in self.blocks:
             stream = fused_block(block, stream, rotation, mask, **self.fused)

@@ -30,6 +30,7 @@ from utils.checkpoint import Checkpointer
 from utils.config import Config, ConfigError, Problem
 from utils.distributed import Distributed
 from utils.logging import MetricsLog, console_line, get_logger
+from utils.profile import StepTrace
 
 LossFn = Callable[[Transformer, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -53,6 +54,8 @@ class LoopConfig(Config):
     """A mounted folder (Google Drive, NFS) for verified copies, to which --resume looks as well."""
     wandb_project: str | None = None
     """Send the metrics to this Weights & Biases project too; WANDB_MODE=offline keeps them here."""
+    profile_steps: int = 0
+    """Trace so many steps early on: trace.json.gz in the run, GPU time by kernel in the log."""
     stability: StabilityConfig = StabilityConfig()
 
     def problems(self) -> Iterator[Problem]:
@@ -60,6 +63,10 @@ class LoopConfig(Config):
             value = getattr(self, key)
             if value is not None and value <= 0:
                 yield Problem((key,), f"{key} ({value}) must be above 0")
+        if self.profile_steps < 0:
+            yield Problem(
+                ("profile_steps",), f"profile_steps ({self.profile_steps}) must be 0 or more"
+            )
         if self.keep_checkpoints < 1:
             yield Problem(
                 ("keep_checkpoints",),
@@ -108,6 +115,8 @@ def fit(
     training.stability.config = config.stability
     stop = StopRequest()
     saver = _Saver(training, config, checkpointer, dist)
+    traced = config.profile_steps if dist.is_main else 0
+    trace = StepTrace(traced, metrics.path.with_name("trace.json.gz"))
     try:
         while True:
             last = training.step >= training.schedule.total_steps
@@ -118,6 +127,7 @@ def fit(
                 saver.save()
             if stopping:
                 break
+            trace.tick()
             _step_and_log(training, loss_fn, config, metrics, dist, stop)
             if training.stability.rollback_due:
                 roll_back(training, checkpointer, metrics, dist)
@@ -126,6 +136,7 @@ def fit(
         saver.finish()
     finally:
         stop.restore()
+        trace.close()
         metrics.close()
     return last and training.evaluated_at == training.step
 

@@ -107,7 +107,7 @@ class _CrossEntropy(torch.autograd.Function):
             if wanted[0]:
                 grad_hidden[rows] = grad @ weight
             if wanted[1]:
-                grad_weight += _product(grad.T, chunk)
+                _add_product(grad_weight, grad.T, chunk)
         ctx.gradients = grad_hidden, grad_weight
         nll = -logp.sum()
         penalty = z_loss * logz.where(targets != IGNORE, 0).square().sum()
@@ -167,7 +167,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if wants_hidden:
                 grad_hidden[rows] = grad @ weight
             if wants_weight:
-                grad_weight += _product(grad.T, chunk)
+                _add_product(grad_weight, grad.T, chunk)
         return grad_hidden, grad_weight, None, None
 
 
@@ -180,6 +180,14 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype | None = torch.float32) ->
     if a.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, within the product where its result is as wide as `total`."""
+    if a.dtype in (torch.bfloat16, torch.float16):
+        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
+    else:
+        total.addmm_(a, b)
 
 
 def _chunks(n: int, size: int) -> list[slice]:

@@ -39,7 +39,8 @@ RESUME_MAY_CHANGE = (
     "train.micro_batch", "train.log_every", "train.eval_every", "train.save_every",
     "train.save_every_hours", "train.keep_checkpoints", "train.mirror_dir",
     "train.stability", "train.wandb_project", "train.eval_tasks", "train.eval_data_dir",
-    "runtime", "cost", "runs_dir", "data.cache_dir", "data.workers", "data.max_cache_gb",
+    "train.profile_steps", "runtime", "cost", "runs_dir", "data.cache_dir", "data.workers",
+    "data.max_cache_gb",
 )  # fmt: skip
 # A run branched off another's checkpoint may also change where it goes from there; not
 # `optim.kind`, since one optimizer's state is of no use to another.
@@ -163,10 +164,12 @@ def print_plan(config: Config, seq_len: int, batch_tokens: int | None = None) ->
     batch_tokens = batch_tokens or train.batch_tokens
     tokens = train.total_steps * batch_tokens
     flops = model.flops_per_token(seq_len) * tokens
-    memory = model.memory_gib(train.micro_batch, seq_len)
+    mode = None if config.runtime.fused is False else config.runtime.memory
+    memory = model.memory_gib(train.micro_batch, seq_len, mode)
     device = cost_tracker.find_device(config.cost.device or cost_tracker.PROJECTION_DEVICE)
     projected = cost_tracker.projection(config.cost, flops, device)
     parts = " + ".join(f"{part} {gib:.1f}" for part, gib in memory.items() if part != "total")
+    blocks = "blocks that are not fused" if mode is None else f"runtime.memory {mode}"
     rows = {
         "parameters": f"{model.n_params:,}",
         "tokens per step": f"{batch_tokens:,}",
@@ -174,7 +177,7 @@ def print_plan(config: Config, seq_len: int, batch_tokens: int | None = None) ->
         "steps": f"{train.total_steps:,}",
         "tokens": f"{tokens:,} ({tokens / model.n_params:.1f} per parameter)",
         "FLOPs per token": f"{model.flops_per_token(seq_len):,} (rows of one document)",
-        "memory": f"{memory['total']:.1f} GiB, estimated: {parts}",
+        "memory": f"{memory['total']:.1f} GiB, estimated for {blocks}: {parts}",
         "time, projected": f"{human_time(projected.hours * 3600)} on {projected.assumption}",
         "cost, projected": f"${projected.dollars:,.2f}",
     }

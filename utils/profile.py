@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from utils.logging import get_logger
+
 CATEGORIES = (  # the first that matches, in this order
     ("attention", r"flash|fmha|flex_attention|varlen_att|_attention_"),
     ("head and loss", r"softmax|logits|cross_entropy|nll_loss|log_softmax"),
@@ -32,16 +34,57 @@ CATEGORIES = (  # the first that matches, in this order
 
 def trace_steps(step: Callable[[], object], steps: int, file: Path) -> None:
     """Runs `step` so many times under the profiler and writes the trace, gzipped, to `file`."""
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
-        torch.cuda.synchronize()
-    with profile(activities=activities) as profiler:
+    _synchronize()
+    with profile(activities=_activities()) as profiler:
         for _ in range(steps):
             step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        _synchronize()
     profiler.export_chrome_trace(str(file))  # compresses by itself where the name ends in .gz
+
+
+class StepTrace:
+    """Traces some steps of a run, once its first steps are over.
+
+    `tick` before each step does all of it: it begins, ends, writes the file and logs the table.
+
+    Args:
+        steps: how many; 0: none.
+        file: its name ends in .json.gz.
+        skip: steps before the first one traced, which compile and allocate.
+    """
+
+    def __init__(self, steps: int, file: Path, skip: int = 5) -> None:
+        self.steps, self.file = steps, file
+        self._ticks = -skip
+        self._profiler: profile | None = None
+
+    def tick(self) -> None:
+        if self.steps and self._ticks == 0:
+            self._profiler = profile(activities=_activities())
+            _synchronize()
+            self._profiler.start()
+        elif self._ticks == self.steps:
+            self.close()
+        self._ticks += 1
+
+    def close(self) -> None:
+        """Ends a trace that is still running."""
+        if self._profiler is None:
+            return
+        _synchronize()
+        self._profiler.stop()
+        self._profiler.export_chrome_trace(str(self.file))
+        self._profiler = None
+        get_logger().info(f"trace: {self.file}\n{gpu_time_table(self.file, self._ticks)}")
+
+
+def _activities() -> list[ProfilerActivity]:
+    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] * torch.cuda.is_available())]
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def gpu_time(file: Path, steps: int) -> tuple[dict[str, float], list[tuple[str, str, int, float]]]:

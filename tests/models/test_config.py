@@ -60,6 +60,13 @@ def test_memory_adds_up_and_grows_with_the_batch(tiny):
     assert large["optimizer"] == small["optimizer"] == 8 * tiny.n_params / 2**30
 
 
+def test_memory_modes_keep_what_they_say(tiny):
+    totals = [tiny.memory_gib(8, 32, mode)["total"] for mode in ("low", "balanced", "fast", None)]
+    assert totals == sorted(totals) and len(set(totals)) == 4
+    low = tiny.memory_gib(8, 32, "low")["activations"]
+    assert low == 8 * 32 * tiny.n_layers * tiny.d_model * 2 / 2**30
+
+
 def test_which_layers_have_no_rope(tiny):
     assert [tiny.has_rope(layer) for layer in range(8)] == [True, True, True, False] * 2
     always = validate(ModelConfig, plain(tiny) | {"nope_every": 0}, "test")
