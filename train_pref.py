@@ -48,7 +48,8 @@ from train.pairs import (
     weights_fingerprint,
 )
 from train.preference import PreferenceConfig, chosen_fall
-from train.setup import EpochTrainConfig, RuntimeConfig
+from train.runtime import RuntimeConfig, build_model, start_devices
+from train.setup import EpochTrainConfig
 from utils.config import (
     CommandLine,
     Config,
@@ -106,7 +107,7 @@ def main(argv: list[str]) -> None:
         setup.print_plan(planned, config.data.seq_len)
         return
 
-    dist = setup.start_devices(config.runtime, config.seed)
+    dist = start_devices(config.runtime, config.seed)
     run, checkpointer, state = setup.open_run(args, config, config.stage, dist)
 
     base = state or setup.load_base(args, BASE_STAGES, config.model)
@@ -116,7 +117,7 @@ def main(argv: list[str]) -> None:
 
     is_verifier = config.preference.is_verifier
     kind = Verifier if is_verifier else Transformer
-    model = setup.build_model(config.model, config.runtime, dist, kind)
+    model = build_model(config.model, config.runtime, dist, kind)
     model.load_state_dict(model.state_dict() | base["model"])  # a new head stays as drawn
     reference = find_reference(args, config, model, pairs, state, dist)
     loader = make_loader(config, pairs, reference.logp, dist)
@@ -220,7 +221,7 @@ def load_reference(
             f"--base-model {args.base_model} is not the model that this run started from; "
             "its reference must stay the same"
         )
-    reference = setup.build_model(config.model, config.runtime, dist)
+    reference = build_model(config.model, config.runtime, dist)
     reference.load_state_dict(base["model"])
     return reference.eval().requires_grad_(False)
 

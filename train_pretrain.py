@@ -38,7 +38,8 @@ from train import setup
 from train.evals import held_out_loss
 from train.loop import Training, fit
 from train.loss import cross_entropy_loss
-from train.setup import RuntimeConfig, TrainConfig
+from train.runtime import RuntimeConfig, build_model, start_devices
+from train.setup import TrainConfig
 from utils.config import (
     Config,
     ConfigError,
@@ -81,7 +82,7 @@ def main(argv: list[str]) -> None:
         setup.print_plan(config, config.data.seq_len)
         return
 
-    dist = setup.start_devices(config.runtime, config.seed)
+    dist = start_devices(config.runtime, config.seed)
     run, checkpointer, state = setup.open_run(args, config, STAGE, dist)
 
     tokenizer = load_or_make_tokenizer(config, state)
@@ -98,7 +99,7 @@ def main(argv: list[str]) -> None:
     )
     held_out = held_out_batches(stores, config.data, config.train.micro_batch)
 
-    model = setup.build_model(config.model, config.runtime, dist)
+    model = build_model(config.model, config.runtime, dist)
     optimizer = make_optimizer(model.named_parameters(), config.optim)
     schedule = Schedule(config.schedule, config.train.total_steps)
     training = Training(

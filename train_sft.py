@@ -32,7 +32,8 @@ from train.chat_evals import ChatEvalConfig, answer_questions, few_shot_exact_ma
 from train.evals import held_out_loss
 from train.loop import Training, fit
 from train.loss import cross_entropy_loss
-from train.setup import EpochTrainConfig, RuntimeConfig
+from train.runtime import RuntimeConfig, build_model, start_devices
+from train.setup import EpochTrainConfig
 from utils.config import (
     Config,
     Problem,
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> None:
         setup.print_plan(planned, config.data.seq_len)
         return
 
-    dist = setup.start_devices(config.runtime, config.seed)
+    dist = start_devices(config.runtime, config.seed)
     run, checkpointer, state = setup.open_run(args, config, STAGE, dist)
 
     base = state or setup.load_base(args, BASE_STAGES, config.model)
@@ -101,7 +102,7 @@ def main(argv: list[str]) -> None:
     asked = choose_questions(sources, config.eval.questions, tokenizer.eos_id)
     examples = choose_questions(known, SHOTS, tokenizer.eos_id, held_out=False)
 
-    model = setup.build_model(config.model, config.runtime, dist)
+    model = build_model(config.model, config.runtime, dist)
     model.load_state_dict(base["model"])
     optimizer = make_optimizer(model.named_parameters(), config.optim)
     epochs = config.train.epochs

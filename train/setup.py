@@ -1,4 +1,4 @@
-"""What the four stage scripts do alike: devices, the plan, the run directory, resume, hand-over.
+"""What the four stage scripts do alike: the plan, the run directory, resume, hand-over.
 
 Plain functions in the order in which a script calls them. What differs between stages (data, loss,
 measures) stays in the scripts.
@@ -18,12 +18,9 @@ import torch
 
 from data.chat import ChatTemplate
 from models.config import ModelConfig
-from models.fp8 import fp8_obstacle
-from models.fused import MEMORY
-from models.products import MATMUL
-from models.transformer import Transformer
 from train.loop import LoopConfig, Training
-from utils import checkpoint, cost_tracker, distributed, seed
+from train.runtime import RuntimeConfig, build_model, start_devices  # noqa: F401 (train_rlvr.py)
+from utils import checkpoint, cost_tracker
 from utils.checkpoint import Checkpointer, CheckpointError
 from utils.config import CommandLine, Config, ConfigError, Problem, check_resume, plain, save_yaml
 from utils.cost_tracker import CostConfig, CostTracker
@@ -50,41 +47,6 @@ BRANCH_MAY_CHANGE = (
     "optim.muon_momentum",
 )  # fmt: skip
 OPTIM_VALUES = ("initial_lr", "weight_decay", "betas", "eps", "momentum")  # of a parameter group
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-class RuntimeConfig(Config):
-    """How a run uses its machine; nothing here changes what is learned beyond rounding."""
-
-    precision: str = "auto"
-    """Activations and matrix products: bf16, fp32, or auto (bf16 on CUDA, fp32 on a CPU)."""
-    attention: str = "auto"
-    """fa4, fa2, varlen, flex, dense, or auto: the fastest that runs here."""
-    fused: bool | None = None
-    """Blocks with a hand-written backward pass (models/fused.py); null: on CUDA in bf16."""
-    memory: str = "fast"
-    """What a fused block keeps: fast, balanced (3/4, norms again), low (1/12, nearly all again)."""
-    matmul: str = "bf16"
-    """Matrix products of fused blocks: bf16 or fp8 (Ada, Hopper and later)."""
-    compile: bool | None = None
-    """torch.compile blocks that are not fused; null: on CUDA."""
-    deterministic: bool = False
-    """Bit-identical reruns on the same machine; slower."""
-
-    def problems(self) -> Iterator[Problem]:
-        if self.precision not in ("auto", *PRECISIONS):
-            yield Problem(
-                ("precision",), f"precision ('{self.precision}') is none of auto, bf16, fp32"
-            )
-        for key, allowed in (("memory", MEMORY), ("matmul", MATMUL)):
-            value = getattr(self, key)
-            if value not in allowed:
-                yield Problem((key,), f"{key} ('{value}') is none of {', '.join(allowed)}")
-            elif value != allowed[0] and self.fused is False:
-                yield Problem(
-                    (key, "fused"), f"{key} ('{value}') needs fused blocks, and fused is false"
-                )
 
 
 class TrainConfig(LoopConfig):
@@ -183,58 +145,6 @@ def print_plan(config: Config, seq_len: int, batch_tokens: int | None = None) ->
     }
     width = max(map(len, rows))
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))
-
-
-def start_devices(runtime: RuntimeConfig, run_seed: int) -> Distributed:
-    """Process group, device, seeds and determinism."""
-    if runtime.deterministic:
-        seed.set_deterministic(True)
-    dist = distributed.setup()
-    seed.seed_everything(run_seed)
-    torch.set_float32_matmul_precision("high" if not runtime.deterministic else "highest")
-    return dist
-
-
-def build_model(
-    config: ModelConfig,
-    runtime: RuntimeConfig,
-    dist: Distributed,
-    kind: type[Transformer] = Transformer,
-) -> Transformer:
-    """The model on its device, its attention kernel chosen and said."""
-    on_gpu = dist.device.type == "cuda"
-    name = runtime.precision if runtime.precision != "auto" else ("bf16" if on_gpu else "fp32")
-    model = kind(config, PRECISIONS[name], runtime.attention).to(dist.device)
-    try:
-        kernel, reason = model.attention_kernel()
-    except ValueError as error:
-        raise ConfigError(f"runtime.attention: {error}") from error
-    steps = _fuse_or_compile(model, runtime)
-    get_logger().info(
-        f"model: {config.n_params:,} parameters, {name}, on {dist.device}; "
-        f"attention: {kernel} ({reason}); blocks: {steps}"
-    )
-    return model
-
-
-def _fuse_or_compile(model: Transformer, runtime: RuntimeConfig) -> str:
-    """Chooses how the training path runs; returns what to say of it."""
-    config, on_gpu = model.config, model.device.type == "cuda"
-    asked = (runtime.memory, runtime.matmul) != ("fast", "bf16")
-    fused = runtime.fused
-    if fused is None:
-        fused = asked or (on_gpu and model.dtype == torch.bfloat16)
-    if fused:
-        if runtime.matmul == "fp8":
-            sizes = [config.d_model, config.n_kv_heads * config.head_dim, config.d_ffn]
-            if obstacle := fp8_obstacle(model.device, model.dtype, sizes):
-                raise ConfigError(f"runtime.matmul: fp8 cannot run: it {obstacle}")
-        model.fuse_blocks(runtime.memory, runtime.matmul)
-        return f"fused, memory {runtime.memory}, products in {runtime.matmul}"
-    if on_gpu if runtime.compile is None else runtime.compile:
-        model.compile_blocks()
-        return "compiled"
-    return "plain"
 
 
 def load_base(args: CommandLine, stages: Sequence[str], model: ModelConfig) -> dict:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from models.config import ModelConfig
-from models.fused import MEMORY
+from models.fused import MEMORY, _side_by_side
 from models.transformer import Transformer
+from utils.seed import set_deterministic
 
 CUTS = [[5, 13], [], [23]]
 
@@ -30,6 +31,18 @@ def model(tiny) -> Transformer:
             if parameter.ndim == 1:  # all ones would hide a norm in the wrong place
                 parameter.uniform_(0.5, 1.5)
     return model
+
+
+def test_neighbours_in_one_tensor_are_joined_without_a_copy():
+    packed = torch.randn(5, 6, 4)
+    parts = packed.split((3, 1, 2), 1)
+    joined = _side_by_side(parts)
+    assert torch.equal(joined, packed.flatten(1))
+    assert joined.data_ptr() == packed.data_ptr()
+    for others in ([parts[1], parts[0], parts[2]], [parts[0], parts[1], parts[2].clone()]):
+        joined = _side_by_side(others)
+        assert torch.equal(joined, torch.cat(tuple(others), 1).flatten(1))
+        assert joined.data_ptr() != packed.data_ptr()
 
 
 @pytest.mark.parametrize("memory", MEMORY)
@@ -110,3 +123,25 @@ def test_fused_training_step_on_a_gpu(documents, memory, matmul, head_dim):
         assert relative_error(hidden.cpu(), expected[0]) < (0.02 if matmul == "bf16" else 0.08)
         whole = [torch.cat([g.flatten().cpu() for g in x.values()]) for x in (grads, expected[1])]
         assert relative_error(*whole) < (0.03 if matmul == "bf16" else 0.15)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory", MEMORY)
+def test_a_deterministic_step_repeats_to_the_bit_on_a_gpu(documents, memory):
+    """Long rows of many documents, so that blocks of keys are summed by several programs."""
+    config = ModelConfig(
+        vocab_size=512, d_model=384, n_layers=2, n_heads=6, n_kv_heads=2, d_ffn=512
+    )
+    torch.manual_seed(0)
+    model = Transformer(config, dtype=torch.bfloat16).cuda()
+    model.fuse_blocks(memory)
+    cuts = [[100, 700, 1500], [], [37, 38, 2000], [900]]
+    batch = documents(config.vocab_size, 2048, cuts, "cuda")
+    try:
+        set_deterministic(True)
+        runs = [gradients(model, batch) for _ in range(3)]
+    finally:
+        set_deterministic(False)
+    for hidden, grads in runs[1:]:
+        assert torch.equal(hidden, runs[0][0])
+        assert all(torch.equal(grad, runs[0][1][name]) for name, grad in grads.items())
