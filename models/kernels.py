@@ -269,14 +269,18 @@ def logits_gradient(
 
 
 @triton.jit
-def _quantise_rows(x, out, scales, limit, C: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def _quantise_rows(
+    x, out, scales, rows, limit, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
-    value = tl.load(x + row * C + column, mask=column < C, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(value), 0), 1e-12) / limit
-    tl.store(scales + row, scale)
-    scaled = tl.clamp(value / scale, -limit, limit)
-    tl.store(out + row * C + column, scaled.to(out.dtype.element_ty), mask=column < C)
+    at = row[:, None] * C + column[None, :]
+    inside = (row < rows)[:, None] & (column < C)[None, :]
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(value), 1), 1e-12) / limit
+    tl.store(scales + row, scale, mask=row < rows)
+    scaled = tl.clamp(value / scale[:, None], -limit, limit)
+    tl.store(out + at, scaled.to(out.dtype.element_ty), mask=inside)
 
 
 def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -284,8 +288,9 @@ def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(x, dtype=dtype)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(size)
-    _quantise_rows[(rows,)](
-        x, out, scales, torch.finfo(dtype).max, C=size, BLOCK=block,
+    per_program = max(1, 4096 // block)
+    _quantise_rows[(triton.cdiv(rows, per_program),)](
+        x, out, scales, rows, torch.finfo(dtype).max, C=size, BLOCK=block, ROWS=per_program,
         num_warps=min(16, max(4, block // 1024)),
     )  # fmt: skip
     return out, scales
