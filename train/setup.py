@@ -19,7 +19,8 @@ import torch
 from data.chat import ChatTemplate
 from models.config import ModelConfig
 from train.loop import LoopConfig, Training
-from train.runtime import RuntimeConfig, build_model, start_devices  # noqa: F401 (train_rlvr.py)
+# Also for callers that look for them here.
+from train.runtime import PRECISIONS, RuntimeConfig, build_model, start_devices  # noqa: F401
 from utils import checkpoint, cost_tracker
 from utils.checkpoint import Checkpointer, CheckpointError
 from utils.config import CommandLine, Config, ConfigError, Problem, check_resume, plain, save_yaml
