@@ -19,7 +19,6 @@ import torch
 from data.chat import ChatTemplate
 from models.config import ModelConfig
 from train.loop import LoopConfig, Training
-# Also for callers that look for them here.
 from train.runtime import PRECISIONS, RuntimeConfig, build_model, start_devices  # noqa: F401
 from utils import checkpoint, cost_tracker
 from utils.checkpoint import Checkpointer, CheckpointError
