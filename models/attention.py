@@ -383,21 +383,20 @@ class KVCache:
         self.values = torch.zeros_like(self.keys)
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)  # (S,) tokens held
         self.slots = torch.arange(slots, device=device)
-        self.holds_all = True
 
-    def at(self, slots: Tensor) -> KVCache:
-        """The same memory, of which only `slots` (n,) are written and looked at."""
+    def at(self, slots: Tensor, length: int | None = None) -> KVCache:
+        """The same memory, of which only `slots` (n,) are written and looked at, and of these only
+        the first `length` places."""
         view = copy.copy(self)
-        view.slots, view.holds_all = slots, False
+        view.slots = slots
+        view.keys, view.values = self.keys[:, :, :length], self.values[:, :, :length]
         return view
 
     def store(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k and v (S, T, K, D) at `positions` (S, T); returns the layer's (S, L, K, D)."""
+        """Writes k and v (n, T, K, D) at `positions` (n, T); returns the layer's (n, L, K, D)."""
         keys, values = self.keys[layer], self.values[layer]
         keys[self.slots[:, None], positions] = k
         values[self.slots[:, None], positions] = v
-        if self.holds_all:
-            return keys, values
         return keys[self.slots], values[self.slots]
 
     def copy(self, source: Tensor, target: Tensor, length: int) -> None:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Decoder:
     """Prompts into slots, and one token more for every slot, by the model's own forward pass.
 
-    Works on every device. All slots take part in every step, those that are free as well: their
-    tokens are never looked at.
+    Works on every device. A step computes the sequences that run, and reads the cache as far as the
+    longest of them reaches.
     """
 
     lag = 0  # steps that the host may be behind
@@ -55,13 +55,16 @@ class Decoder:
                 self.seen[slot, list(request.prompt)] = True
         return self._sample(hidden[prompt_of], place), None
 
-    def step(self) -> tuple[Tensor, None]:
-        """The next token of every slot."""
-        cache = self.cache
-        positions = cache.lengths.clamp(max=cache.keys.shape[2] - 1)[:, None]  # (S, 1)
-        hidden = self.model.extend(self.tokens[:, None], positions, cache)[:, 0]  # (S, C)
-        cache.lengths += 1
-        return self._sample(hidden, cache.slots), None
+    def step(self, slots: list[int]) -> tuple[Tensor, None]:
+        """The next token of each of `slots`; (2, S), 0 for the others."""
+        place = torch.tensor(slots, device=self.model.device)  # (n,)
+        positions = self.cache.lengths[place]
+        cache = self.cache.at(place, int(positions.max()) + 1)
+        hidden = self.model.extend(self.tokens[place, None], positions[:, None], cache)[:, 0]
+        self.cache.lengths[place] += 1
+        sampled = torch.zeros(2, len(self.tokens), dtype=torch.float64)
+        sampled[:, slots] = self._sample(hidden, place).cpu()
+        return sampled, None
 
     def release(self, slots: list[int]) -> None:
         """Nothing needs to be cleared: a slot begins again at position 0."""
@@ -75,7 +78,7 @@ class Decoder:
         filled = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
         tokens = torch.tensor(filled, device=self.model.device)  # (n, T)
         positions = torch.arange(longest, device=self.model.device).expand_as(tokens)
-        hidden = self.model.extend(tokens, positions, self.cache.at(slots))  # (n, T, C)
+        hidden = self.model.extend(tokens, positions, self.cache.at(slots, longest))  # (n, T, C)
         ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.model.device)
         return hidden[torch.arange(len(prompts), device=self.model.device), ends]
 

@@ -138,8 +138,8 @@ class CudaDecoder:
             self.seen[place, tokens] = True
         return self._to_host(torch.stack([tokens.double(), logprobs.double()]))
 
-    def step(self) -> tuple[Tensor, torch.cuda.Event]:
-        """The next token of every slot."""
+    def step(self, slots: list[int]) -> tuple[Tensor, torch.cuda.Event]:
+        """The next token of each of `slots`; the graph computes all others as well."""
         self.graph.replay()
         return self._to_host(self.sampled)
 

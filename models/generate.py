@@ -187,7 +187,7 @@ class Engine:
 
     def _launch(self) -> _Step:
         owners = list(self.running.items())
-        return _Step(owners, *self.decoder.step())
+        return _Step(owners, *self.decoder.step(list(self.running)))
 
     def _take(self, step: _Step) -> list[Completion]:
         """Hands a step's tokens to their owners, and frees the slots of those that are done.

@@ -258,7 +258,8 @@ class RolloutLoader:
             advantage=advantages(self._rewards(groups), self.policy.advantage).flatten(),
         )
         if self.config.minibatches > 1:  # else the policy has not moved when it is trained
-            result.old_logp = self._logprobs(self.model, result)
+            exact = self.model.dtype == torch.float32  # the engine's are the trainer's to 1e-5
+            result.old_logp = result.engine_logp if exact else self._logprobs(self.model, result)
         if self.reference is not None:
             result.ref_logp = self._logprobs(self.reference, result)
         return result

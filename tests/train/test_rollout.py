@@ -173,7 +173,8 @@ def test_the_loss_is_that_of_the_completions_one_by_one(model, prompts, kind, mi
 def test_the_engines_logprobs_are_the_trainers(model, prompts, temperature):
     loader = make_loader(model, prompts, parity, temperature=temperature, minibatches=2)
     completions = loader._roll_out()
-    torch.testing.assert_close(completions.old_logp, completions.engine_logp, rtol=0, atol=1e-5)
+    theirs = loader._logprobs(model, completions)
+    torch.testing.assert_close(theirs, completions.engine_logp, rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------
