@@ -26,7 +26,8 @@ SHAPE = {
     "max_seq_len": 64,
 }  # fmt: skip
 STEPS = 40
-DIGITS = {"red": "3", "blue": "5", "grey": "8"}
+DIGITS = {"red": "3", "blue": "5", "grey": "8"}  # right answers
+GUESSES = {"red": "123", "blue": "456", "grey": "789"}  # what the base model says
 
 
 def row(i: int) -> dict:
@@ -42,24 +43,25 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def base(tokenizer, tmp_path_factory):
-    """A chat model that answers everything with some digit and stops: right one time in ten."""
+    """A chat model that answers each colour with one of three digits and stops."""
     torch.manual_seed(0)
     config, template = ModelConfig(**SHAPE), ChatTemplate.of(tokenizer)
     model = Transformer(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for step in range(60):
+    for step in range(150):
+        colour = list(DIGITS)[step % 3]
         messages = [{"role": "user", "content": row(step)["prompt"]}]
         prompt = render_prompt(messages, tokenizer, template)
         rows = torch.tensor(
-            [[*prompt, *tokenizer.encode(str(d)), tokenizer.eos_id] for d in range(10)]
+            [[*prompt, *tokenizer.encode(digit), tokenizer.eos_id] for digit in GUESSES[colour]]
         )
         inputs, targets = rows[:, :-1], rows[:, 1:].clone()
         targets[:, : len(prompt) - 1] = IGNORE
         n = inputs.shape[1]
-        bounds = torch.arange(11, dtype=torch.int32) * n
+        bounds = torch.arange(4, dtype=torch.int32) * n
         hidden = model(inputs, torch.arange(n).expand_as(inputs), bounds)
         logp, _ = token_logprobs(hidden.flatten(0, 1), model.head_weight, targets.flatten())
-        (-logp.sum() / 20).backward()
+        (-logp.sum() / 6).backward()
         optimizer.step()
         optimizer.zero_grad()
     path = tmp_path_factory.mktemp("base") / "sft_final.pt"
@@ -102,7 +104,7 @@ def config(tmp_path):
             "prompts": 6, "group_size": 16, "max_new_tokens": 4, "seq_len": 64, "minibatches": 2,
             "max_completions_per_row": 4,
         },
-        "optim": {"lr": 1e-2, "weight_decay": 0.0},
+        "optim": {"lr": 5e-3, "weight_decay": 0.0},
         "schedule": {"kind": "cosine", "warmup_steps": 2},
         "train": {
             "micro_batch": 4, "steps": STEPS, "log_every": 3, "eval_every": 10, "save_every": 5,
@@ -149,8 +151,8 @@ def undisturbed(config, base, tmp_path):
 def test_it_learns_what_is_rewarded(undisturbed, base):
     first, *_, last = evaluations(undisturbed / "rlvr")
     assert (first["step"], last["step"]) == (0, STEPS)
-    assert first["rlvr/val_pass_at_1"] < 0.3
-    assert last["rlvr/val_pass_at_1"] > first["rlvr/val_pass_at_1"] + 0.2
+    assert first["rlvr/val_pass_at_1"] < 0.6
+    assert last["rlvr/val_pass_at_1"] > 0.8
     assert last["rlvr/val_pass_at_4"] >= last["rlvr/val_pass_at_1"]
     assert last["rlvr/val_stopped_frac"] > 0.9
     lines = [json.loads(line) for line in (undisturbed / "rlvr/metrics.jsonl").open()]
