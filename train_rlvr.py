@@ -110,6 +110,13 @@ class RlvrConfig(Config):
                     f"rollout.max_new_tokens ({self.rollout.max_new_tokens:,}) = {whole:,} must "
                     f"not exceed {key} ({room:,})",
                 )
+        if self.policy.overlong_tokens > self.rollout.max_new_tokens:
+            yield Problem(
+                ("policy.overlong_tokens", "rollout.max_new_tokens"),
+                f"policy.overlong_tokens ({self.policy.overlong_tokens:,}) must not exceed "
+                f"rollout.max_new_tokens ({self.rollout.max_new_tokens:,}): every completion would "
+                "be punished",
+            )
 
 
 def main(argv: list[str]) -> None:
@@ -132,7 +139,13 @@ def main(argv: list[str]) -> None:
     fingerprint = state["reference"] if state else weights_fingerprint(base["model"])
     reference = load_reference(args, config, fingerprint, dist) if config.policy.kl_weight else None
     judge = make_judge(args, config, prompts, tokenizer, model)
-    engine = make_engine(model, config.rollout, config.data.max_prompt_tokens, tokenizer.eos_id)
+    engine = make_engine(
+        model,
+        config.rollout,
+        config.data.max_prompt_tokens,
+        tokenizer.eos_id,
+        dist.world_size,
+    )
     loader = RolloutLoader(
         model,
         engine,

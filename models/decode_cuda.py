@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from models.generate import Request
 
 PREFILL_TOKENS = 32_768  # computed at once: 1 GB of activations at 160M
-DENSE_PREFILL_TOKENS = 2_048  # with a mask of tokens x tokens
+DENSE_PREFILL_TOKENS = 2_048  # with a mask of tokens x tokens, which flex may fall back to
 WARM_UP_STEPS = 2
 
 
@@ -246,7 +246,8 @@ class CudaDecoder:
         self, prompts: list[tuple[int, ...]], slots: list[int]
     ) -> list[tuple[list[tuple[int, ...]], list[int]]]:
         """Prompts and slots in parts of bounded size."""
-        most = DENSE_PREFILL_TOKENS if self.kernel == "dense" else PREFILL_TOKENS
+        masked = self.kernel in ("dense", "flex")
+        most = DENSE_PREFILL_TOKENS if masked else PREFILL_TOKENS
         chunks, size = [], math.inf
         for prompt, slot in zip(prompts, slots, strict=True):
             if size + len(prompt) > most:

@@ -140,6 +140,7 @@ class Engine:
     def steps(self, requests: Iterable[Request]) -> Iterator[list[Completion]]:
         """After each step, the completions that have a new token or are done."""
         waiting = enumerate(requests)
+        self.free.sort(reverse=True)  # what is computed side by side does not depend on the past
         unread: deque[_Step] = deque()
         try:
             while True:

@@ -163,7 +163,6 @@ def test_it_learns_what_is_rewarded(undisturbed, base):
     }  # fmt: skip
     assert {f"rlvr/{name}" for name in names} <= training[0].keys()
     assert training[-1]["rlvr/pass_rate"] > training[0]["rlvr/pass_rate"] + 0.2
-    assert all(line["rlvr/engine_gap"] < 1e-4 for line in training)
     assert training[-1]["train/progress_percent"] > 90
     samples = [json.loads(line) for line in (undisturbed / "rlvr/samples.jsonl").open()]
     assert {"prompt", "completion", "answer", "rule", "reward"} <= samples[0].keys()

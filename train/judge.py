@@ -58,10 +58,16 @@ class Judge:
         rules = [r.result() if isinstance(r, Future) else r for _, _, r in begun]
         scores: list[float | None] = [None] * len(begun)
         if self.score is not None and begun and self.config.model_weight:
-            answered = [
-                [*prompt.messages, {"role": "assistant", "content": text}]
-                for prompt, text, _ in begun
-            ]
-            scores = self.score(answered)
+            scores = self._scores([(prompt, text) for prompt, text, _ in begun])
         pairs = zip(rules, scores, strict=True)
         return rules, [combine(rule, score, self.config) for rule, score in pairs]
+
+    def _scores(self, answered: list[tuple[Prompt, str]]) -> list[float]:
+        """The model's; equal answers once, since their place in a batch would tell them apart."""
+        distinct = {(id(prompt), text): (prompt, text) for prompt, text in answered}
+        conversations = [
+            [*prompt.messages, {"role": "assistant", "content": text}]
+            for prompt, text in distinct.values()
+        ]
+        scores = dict(zip(distinct, self.score(conversations), strict=True))
+        return [scores[id(prompt), text] for prompt, text in answered]

@@ -202,7 +202,8 @@ def train_step(
     """
     device = dist.device
     weight = torch.full((), sum(b.weight for b in batches), dtype=torch.float32, device=device)
-    weight = dist.all_reduce_sum(weight).clamp(min=1.0)
+    has_targets = dist.all_reduce_sum(weight) > 0  # else momentum alone would move the weights
+    weight = weight.clamp(min=1.0)
     sums: dict[str, torch.Tensor] = {}
     for batch in batches:
         loss, metrics = loss_fn(training.model, batch.to(device))
@@ -217,24 +218,24 @@ def train_step(
     sums = dict(zip(sums, reduced.unbind(), strict=True))
     dist.all_reduce_gradients(training.model.parameters())
     before = watched_weights(training.model) if watch else None
-    good, norm = _update(training, sums["loss"] / weight, clip_norm)
+    good, norm = _update(training, sums["loss"] / weight, clip_norm, has_targets)
 
-    kept = good.double()
+    kept = (good & has_targets).double()
     averages = {name: torch.where(good, value.double(), 0.0) for name, value in sums.items()}
     if before is not None:
         averages["update_norm"] = update_norm(training.model, before)
     averages["weight"] = weight * kept
     averages["grad_norm"] = torch.where(good, norm, 0.0)
-    averages["steps"], averages["skipped"] = kept, 1 - kept
+    averages["steps"], averages["skipped"] = kept, 1 - good.double()
     training.averages.add(averages)
     _count(training, batches, dist)
     return True
 
 
 def _update(
-    training: Training, loss: torch.Tensor, clip_norm: float
+    training: Training, loss: torch.Tensor, clip_norm: float, has_targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clip and step, or skip a bad step; returns (whether it was good, gradient norm) tensors.
+    """Clip and step, or skip a bad or empty step; returns (whether it was good, gradient norm).
 
     Fused AdamW and Muon divide the gradients by `grad_scale` and leave everything untouched, their
     step counts included, where `found_inf` is 1: the interface that torch's GradScaler uses.
@@ -244,7 +245,7 @@ def _update(
     norm = torch.nn.utils.get_total_norm(gradients)
     good = training.stability.accept(loss, norm)
     scale = (norm / clip_norm).clamp(min=1.0) if clip_norm > 0 else torch.ones_like(norm)
-    optimizer.grad_scale, optimizer.found_inf = scale, (~good).float()
+    optimizer.grad_scale, optimizer.found_inf = scale, (~(good & has_targets)).float()
     training.schedule.apply(optimizer, training.step)
     training.stability.cut_rate(optimizer, training.step)
     optimizer.step()

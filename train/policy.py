@@ -174,7 +174,7 @@ def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
     It is unbiased for tokens sampled from π, never negative, and less noisy than −d.
     """
-    d = ref_logp - logp
+    d = (ref_logp - logp).clamp(max=MAX_LOG_RATIO)
     return d.exp() - d - 1
 
 

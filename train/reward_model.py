@@ -117,8 +117,10 @@ def _from_transformers(
         raise ConfigError(f"--verifier-model {path} cannot be loaded: {error}") from error
     model.to(device).eval()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.truncation_side = "left"  # the answer is at the end
     model.config.pad_token_id = tokenizer.pad_token_id
-    longest = getattr(model.config, "max_position_embeddings", None) or 2048
+    positions = getattr(model.config, "max_position_embeddings", None) or 2048
+    longest = min(positions, tokenizer.model_max_length)  # RoBERTa's positions begin at 2
 
     @torch.no_grad()
     def score(conversations: Sequence[Conversation]) -> list[float]:

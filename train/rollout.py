@@ -8,9 +8,9 @@ A rollout is a number of groups, each some completions of one prompt. It is used
 optimizer steps; then the next one is sampled from the weights as they are. To `train.loop.fit` it
 is a loader like any other.
 
-Every completion has a seed of its own, keyed by (rollout, prompt, sample): a run that is killed
-while it samples samples the same again. A finished rollout is part of the state until it is used
-up.
+Every completion has a seed of its own, keyed by (rollout, place, prompt, sample): a run that is
+killed while it samples samples the same again. A finished rollout is part of the state until it is
+used up.
 
 Sources: groups, GRPO (Shao et al. 2024); groups without signal replaced by others, DAPO (Yu et al.
 2025). Left out: sampling while the model trains, and rollouts older than one policy.
@@ -108,12 +108,16 @@ class Group:
 
 
 def make_engine(
-    model: Transformer, config: RolloutConfig, max_prompt_tokens: int, eos_id: int
+    model: Transformer,
+    config: RolloutConfig,
+    max_prompt_tokens: int,
+    eos_id: int,
+    world_size: int = 1,
 ) -> Engine:
-    """The engine for a run's rollouts and evaluations."""
+    """One rank's engine for a run's rollouts and evaluations."""
     return Engine(
         model,
-        config.slots or config.prompts * config.group_size,
+        config.slots or -(-config.prompts // world_size) * config.group_size,
         max_prompt_tokens + config.max_new_tokens,
         sampling=Sampling(temperature=config.temperature),
         stop_ids=[eos_id],
@@ -132,13 +136,14 @@ def sample_groups(
 ) -> list[Group]:
     """Samples and scores `size` completions of each prompt named in `numbers`.
 
-    The ranks share the work, and all get all groups. A completion's seed is derived from `key`, its
-    prompt's number and its own.
+    The ranks share the work, and all get all groups. A completion's seed is derived from `key`, the
+    place of its prompt in `numbers` (one may stand there twice), the prompt's number and its own.
     """
-    mine = numbers[dist.rank :: dist.world_size]
+    places = range(len(numbers))[dist.rank :: dist.world_size]
+    mine = [numbers[place] for place in places]
     requests = (
-        Request(prompts[n].tokens, max_new_tokens, derive(*key, n, sample))
-        for n in mine
+        Request(prompts[n].tokens, max_new_tokens, derive(*key, place, n, sample))
+        for place, n in zip(places, mine, strict=True)
         for sample in range(size)
     )
     found: list[Completion | None] = [None] * (len(mine) * size)
@@ -258,7 +263,8 @@ class RolloutLoader:
             advantage=advantages(self._rewards(groups), self.policy.advantage).flatten(),
         )
         if self.config.minibatches > 1:  # else the policy has not moved when it is trained
-            exact = self.model.dtype == torch.float32  # the engine's are the trainer's to 1e-5
+            # In float32 on a CPU the engine's are the trainer's, to 1e-5.
+            exact = self.model.dtype == torch.float32 and self.model.device.type == "cpu"
             result.old_logp = result.engine_logp if exact else self._logprobs(self.model, result)
         if self.reference is not None:
             result.ref_logp = self._logprobs(self.reference, result)
@@ -348,8 +354,12 @@ class RolloutLoader:
             "order": self.order.state_dict(),
             "rollout": self.rollout,
             "minibatch": self.minibatch,
-            "completions": left and {f.name: getattr(left, f.name) for f in fields(left)},
+            "completions": (
+                None if left is None else {f.name: getattr(left, f.name) for f in fields(left)}
+            ),
             "window": dict(self.window),
+            "seconds": self.seconds,
+            "window_seconds": time.monotonic() - self.window_began,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -361,8 +371,9 @@ class RolloutLoader:
         self.order.load_state_dict(state["order"])
         self.rollout, self.minibatch = state["rollout"], state["minibatch"]
         left = state["completions"]
-        self.completions = left and Completions(**left)
-        self.window = dict(state["window"])
+        self.completions = None if left is None else Completions(**left)
+        self.window, self.seconds = dict(state["window"]), state["seconds"]
+        self.window_began = time.monotonic() - state["window_seconds"]
 
 
 def policy_objective(

@@ -352,9 +352,12 @@ def finish(
                 command = f"python inference.py --checkpoint {run.final}"
                 say(f'try it: {command} --prompt "Once upon a time"')
         else:
-            overrides = "".join(f" {o}" for o in args.overrides)
+            models = {"--base-model": args.base_model, "--verifier-model": args.verifier_model}
+            again = [f" {flag} {path}" for flag, path in models.items() if path]
+            again += [f" {override}" for override in args.overrides]
             say(f"stopped at step {training.step:,}; everything is saved. To go on:")
-            say(f"  python {Path(sys.argv[0]).name} --config {args.config}{overrides} --resume")
+            script = Path(sys.argv[0]).name
+            say(f"  python {script} --config {args.config}{''.join(again)} --resume")
         if checkpointer.mirror:
             checkpointer.mirror.close()
     dist.close()

@@ -84,6 +84,23 @@ def test_the_gradient_is_that_of_the_mean_over_targets(monkeypatch):
         assert (parameter.grad - gradient).norm() <= 1e-5 * parameter.grad.norm()
 
 
+def test_a_step_without_targets_moves_nothing():
+    """Momentum of the steps before would; and it is no spike."""
+    run = training(lr=0.01)
+    train_step(run, batches(8), cross_entropy_loss, 1.0, DIST)
+    before = [parameter.clone() for parameter in run.model.parameters()]
+    (empty,) = batches(8)
+    empty.targets.fill_(IGNORE)
+    empty.weight = 0.0
+    train_step(run, [empty], cross_entropy_loss, 1.0, DIST)
+    for parameter, earlier in zip(run.model.parameters(), before, strict=True):
+        assert torch.equal(parameter, earlier)
+    taken = run.averages.take()
+    assert (run.step, taken["steps"], taken["skipped"]) == (2, 1, 0)
+    train_step(run, batches(8), cross_entropy_loss, 1.0, DIST)
+    assert not torch.equal(next(run.model.parameters()), before[0])
+
+
 @pytest.mark.parametrize("clip_norm", [0.0, 0.05, 1e9])
 def test_a_step_is_that_of_clipped_adamw(clip_norm):
     run, reference = training(lr=0.01), training(lr=0.01)

@@ -19,6 +19,7 @@ from train.judge import Judge
 from train.policy import PolicyConfig, clipped_loss
 from train.rewards import RewardConfig
 from train.rollout import RolloutConfig, RolloutLoader, make_engine, policy_objective
+from utils import checkpoint
 from utils.config import ConfigError, validate
 from utils.distributed import Distributed
 
@@ -201,12 +202,35 @@ def test_groups_without_signal_stay_where_the_config_says_so(model, prompts):
 
 
 def test_a_rollout_that_teaches_nothing_is_an_empty_batch(model, prompts):
-    loader = make_loader(model, prompts, lambda n, answer: 0.0, max_refills=1)
+    loader = make_loader(model, prompts, lambda n, answer: 0.0, max_refills=1, minibatches=2)
     (batch,) = next(loader)
     assert loader.window["groups"] == 6
     assert batch.weight == 0 and (batch.targets == IGNORE).all()
     loss, sums = policy_objective(model, batch, PolicyConfig(), loader.config)
     assert loss == 0 and all(value == 0 for value in sums.values())
+    state = checkpoint.snapshot(loader.state_dict())  # between the two minibatches
+    other = make_loader(model, prompts, parity, max_refills=1, minibatches=2)
+    other.load_state_dict(state)
+    (batch,) = next(other)
+    assert batch.weight == 0 and other.rollout == 1
+
+
+def test_a_prompt_asked_twice_in_a_rollout_is_answered_twice(model, prompts):
+    few = Prompts(prompts.train[:2], [])
+    loader = make_loader(model, few, parity, dynamic_sampling=False)
+    completions = loader._roll_out()
+    starts = completions.lengths.cumsum(0) - completions.lengths
+    texts = [
+        completions.tokens[s : s + n].tolist()
+        for s, n in zip(starts.tolist(), completions.lengths.tolist(), strict=True)
+    ]
+    groups = {}
+    for place in range(3):
+        groups.setdefault(int(completions.prompt_ids[4 * place]), []).append(
+            texts[4 * place : 4 * place + 4]
+        )
+    (twice,) = (found for found in groups.values() if len(found) == 2)
+    assert twice[0] != twice[1]
 
 
 def test_long_completions_are_punished_before_advantages(model, prompts):
@@ -286,6 +310,9 @@ def test_rule_and_model_are_weighed():
     judge.begin(1, asked, [4])
     assert judge.finish() == ([1.0, 0.0], [2.0, 0.125])
     assert [c[-1]["content"] for c in told] == ["3", "4"]
+    for index, answer in enumerate((4, 3, 4)):
+        judge.begin(index, asked, [answer])
+    assert judge.finish()[1] == [0.0, 2.125, 0.0]  # equal answers have equal scores
 
 
 @given(st.integers(1, 12), st.data())
