@@ -4,7 +4,8 @@
     python scripts/write_gym_tasks.py --tasks leg_counting,basic_arithmetic --out gym.jsonl
 
 The package pins old versions of others and compiles one, so it may live in an environment of its
-own, beside pydantic and pyyaml: the file is read without it. How its answers are checked is chosen with --verifier:
+own, beside pydantic and pyyaml: the file is read without it. --verifier says how its answers are
+checked:
 
     reasoning_gym   by the task's own scorer, which needs the package where the run is
     exact_match     as text, where the task has one right answer; needs nothing
