@@ -1,0 +1,241 @@
+"""What a chain of stages has made of a model: what each stage taught, and what it made forget.
+
+A stage's own measure comes from its `metrics.jsonl`: it is what the stage was trained for, on its
+own held-out data. `measure` asks the same of every stage's final checkpoint, on built-in data that
+none of them saw: the loss on plain text, and the share of questions answered to the letter. The
+second table is the one that shows forgetting.
+
+Left out: benchmarks (`eval.py`), and error bars; of 200 questions a share of 80% has a standard
+error of 3 points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data import builtin, builtin_tasks
+from data.chat import ChatTemplate, Message, render_prompt
+from data.chat_loader import Question
+from data.packing import make_batch, pack_rows
+from data.tokenizer import Tokenizer
+from models.config import ModelConfig
+from models.generate import generate
+from models.transformer import Transformer
+from train.chat_evals import ChatEvalConfig, answer_questions, few_shot_exact_match
+from train.evals import held_out_loss
+from train.loss import cross_entropy_loss
+from utils import checkpoint
+from utils.config import validate
+from utils.distributed import Distributed
+from utils.logging import human_count, human_time
+from utils.report import read_run
+
+# A stage's own measure: its name, the metric before (its first value) and after (its last).
+OWN_MEASURES = {
+    "pretrain": ("text, loss per token", "val/loss", "val/loss"),
+    "sft": ("questions, exact match", "sft/base_exact_match", "sft/exact_match"),
+    "pref": ("pairs told apart", "pref/val_reward_accuracy", "pref/val_reward_accuracy"),
+    "rlvr": ("sums, pass@1", "rlvr/val_pass_at_1", "rlvr/val_pass_at_1"),
+}
+DOCUMENTS = {"web": 52, "code": 6, "math": 2}  # the demo's mixture
+QUESTIONS, SHOTS, NEW_TOKENS = 200, 3, 32
+ROWS_AT_ONCE, DOCUMENTS_PER_ROW = 16, 16
+ALONE = Distributed(0, 1, 0, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Own:
+    """A stage by its own account; `seconds` are those of training steps, evaluations left out."""
+
+    name: str
+    measure: str
+    before: float | None
+    after: float | None
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A checkpoint on the common data.
+
+    Attributes:
+        text_loss: nats per token of unseen documents.
+        exact_match: share of unseen questions answered to the letter.
+        few_shot: the questions came after solved examples, since it knows no chat.
+    """
+
+    name: str
+    text_loss: float
+    exact_match: float
+    few_shot: bool
+
+
+def own_account(folder: Path) -> Own:
+    """What a finished run's metrics say of it."""
+    run = read_run(folder)
+    name, before, after = OWN_MEASURES[run.stage]
+    first, last = run.curve(before)[1][:1], run.curve(after)[1][-1:]
+    tokens, seconds = 0, 0.0
+    for line in run.lines:
+        if "train/tokens_per_sec" in line:
+            seconds += (line["train/tokens"] - tokens) / line["train/tokens_per_sec"]
+        tokens = line.get("train/tokens", tokens)
+    return Own(folder.name, name, *(v[0] if v else None for v in (first, last)), tokens, seconds)
+
+
+def load_model(path: Path) -> tuple[Transformer, Tokenizer, ChatTemplate | None]:
+    """A checkpoint's model on the CPU, in float32."""
+    state = checkpoint.load(path)
+    model = Transformer(validate(ModelConfig, state["model_config"], str(path)))
+    model.load_state_dict(state["model"])
+    template = state["chat_template"] and ChatTemplate.from_state(state["chat_template"])
+    return model.eval(), Tokenizer.from_state(state["tokenizer"]), template
+
+
+def measure(path: Path) -> Measured:
+    """A final checkpoint on the text and the questions that are the same for every stage."""
+    model, tokenizer, template = load_model(path)
+    held_out = unseen_questions(tokenizer, "heldout", QUESTIONS)
+    if template:
+        config = ChatEvalConfig(questions=QUESTIONS, max_new_tokens=NEW_TOKENS, samples=0)
+        exact = answer_questions(model, held_out, tokenizer, config, ALONE)[0]["sft/exact_match"]
+    else:
+        solved = unseen_questions(tokenizer, "train", SHOTS)
+        exact = few_shot_exact_match(model, solved, held_out, tokenizer, ALONE)
+    return Measured(path.parent.name, text_loss(model, tokenizer), exact, template is None)
+
+
+def text_loss(model: Transformer, tokenizer: Tokenizer) -> float:
+    """Nats per token of built-in documents beyond those that training reads."""
+    texts = [
+        builtin.document(domain, builtin.N_DOCUMENTS[domain] + i)
+        for domain, count in DOCUMENTS.items()
+        for i in range(count)
+    ]
+    length = model.config.max_seq_len
+    documents = map(np.asarray, tokenizer.encode_documents(texts))
+    rows = pack_rows(documents, length, DOCUMENTS_PER_ROW)
+    batches = [
+        make_batch(rows[i : i + ROWS_AT_ONCE], length, DOCUMENTS_PER_ROW)
+        for i in range(0, len(rows), ROWS_AT_ONCE)
+    ]
+    return held_out_loss(model, {"text": batches}, {"text": 1.0}, cross_entropy_loss, ALONE)[
+        "val/loss"
+    ]
+
+
+def unseen_questions(tokenizer: Tokenizer, split: str, count: int) -> list[Question]:
+    """The first chats of a split of the built-in tasks, as questions with one right answer."""
+    template = ChatTemplate.of(tokenizer)
+    chats = [builtin_tasks.chat(split, i) for i in range(count)]
+    return [
+        Question(
+            render_prompt(chat["messages"][:-1], tokenizer, template),
+            tokenizer.encode(chat["answer"]),
+            known=True,
+        )
+        for chat in chats
+    ]
+
+
+def dialogues(path: Path) -> list[list[Message]]:
+    """Three short conversations on unseen questions; the likeliest answers."""
+    model, tokenizer, template = load_model(path)
+    return [
+        _converse(model, tokenizer, template, [_asked(kind, number) for kind in kinds])
+        for number, kinds in enumerate([("talk", "add"), ("subtract",), ("reverse", "larger")])
+    ]
+
+
+def _asked(kind: str, number: int) -> str:
+    return builtin_tasks.task("heldout", number, kinds=(kind,)).prompt
+
+
+def _converse(
+    model: Transformer, tokenizer: Tokenizer, template: ChatTemplate, questions: Sequence[str]
+) -> list[Message]:
+    messages: list[Message] = []
+    for question in questions:
+        messages.append({"role": "user", "content": question})
+        prompt = render_prompt(messages, tokenizer, template)
+        room = min(NEW_TOKENS, model.config.max_seq_len - len(prompt))
+        (ids,) = generate(model, [prompt], room, temperature=0.0, stop_ids=[tokenizer.eos_id])
+        messages.append({"role": "assistant", "content": tokenizer.decode(ids).strip()})
+    return messages
+
+
+def as_dict(
+    own: Sequence[Own], measured: Sequence[Measured], talks: list[list[Message]]
+) -> dict[str, Any]:
+    """All of it as plain values, for a file."""
+    return {
+        "stages": [asdict(stage) for stage in own],
+        "measured": [asdict(one) for one in measured],
+        "dialogues": talks,
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables
+
+
+def own_table(own: Sequence[Own]) -> str:
+    """A line for each stage: its measure before and after, tokens, time."""
+    rows = [("stage", "its own measure", "before", "after", "tokens", "training")]
+    for o in own:
+        values = (_value(o.measure, value) for value in (o.before, o.after))
+        rows.append((o.name, o.measure, *values, human_count(o.tokens), human_time(o.seconds)))
+    return _table(rows, left=2)
+
+
+def common_table(measured: Sequence[Measured]) -> str:
+    """A line for each checkpoint, with the change since the one before."""
+    rows = [("after", "text, loss per token", "", "questions, exact match", "")]
+    before: Measured | None = None
+    for m in measured:
+        text = f"{m.text_loss - before.text_loss:+.2f}" if before else ""
+        exact = f"{100 * (m.exact_match - before.exact_match):+.1f}" if before else ""
+        share = f"{m.exact_match:.1%}" + "*" * m.few_shot
+        rows.append((m.name, f"{m.text_loss:.2f}", text, share, exact))
+        before = m
+    return _table(rows, left=1)
+
+
+def remarks(measured: Sequence[Measured]) -> list[str]:
+    """What the second table needs to be read rightly."""
+    lines = []
+    if any(m.few_shot for m in measured):
+        lines.append(f"* knows no chat form: asked after {SHOTS} solved examples")
+    first, last = measured[0], measured[-1]
+    if last.text_loss > first.text_loss + 0.1:
+        lines.append(
+            f"Text has become harder for it ({first.text_loss:.2f} -> {last.text_loss:.2f}): the "
+            "later stages see short chats alone, and a\nmodel this small forgets the rest over "
+            "them. Larger models forget less; text mixed into SFT helps as well."
+        )
+    return lines
+
+
+def _value(measure: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if "loss" in measure else f"{value:.1%}"
+
+
+def _table(rows: Sequence[Sequence[str]], left: int) -> str:
+    """Columns side by side, the first `left` of them flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
