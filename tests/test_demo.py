@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,28 +12,14 @@ import pytest
 import yaml
 
 from data import builtin, builtin_tasks
-from tests.pipeline import ROOT, numbers
+from tests.pipeline import ROOT, Outcome, numbers, run
 from utils import checkpoint
 
 STAGES = ("pretrain", "sft", "dpo", "rlvr")
+KINDS = ("larger",)  # yes or no: even the smallest model is right now and then
 SCRIPTS = dict(
     zip(STAGES, ("train_pretrain", "train_sft", "train_pref", "train_rlvr"), strict=True)
 )
-# Put into a process by Python's own hook: just before a call of `train_step`, SIGKILL.
-KILLER = """\
-import os, signal, sys
-script, call, *victims = os.environ["DEMO_FAULT"].split()
-if script in sys.orig_argv:
-    import train.loop
-    train_step, calls = train.loop.train_step, []
-    def killing(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == int(call):
-            for victim in victims:
-                os.kill({"demo": os.getppid, "stage": os.getpid}[victim](), signal.SIGKILL)
-        return train_step(*args, **kwargs)
-    train.loop.train_step = killing
-"""
 
 
 def rows(path: Path, values: list[dict]) -> str:
@@ -61,9 +48,9 @@ def configs(tmp_path_factory) -> Path:
     packed = {**train, "batch_tokens": 768}
     made = {
         "text": [{"text": builtin.document("web", i)} for i in range(120)],
-        "chats": [builtin_tasks.chat("train", i) for i in range(300)],
-        "pairs": [builtin_tasks.preference("train", i) for i in range(200)],
-        "prompts": [builtin_tasks.prompt("train", i) for i in range(100)],
+        "chats": [builtin_tasks.chat("train", i, kinds=KINDS) for i in range(300)],
+        "pairs": [builtin_tasks.preference("train", i, kinds=KINDS) for i in range(200)],
+        "prompts": [builtin_tasks.prompt("train", i, kinds=KINDS) for i in range(100)],
     }
     path = {name: rows(folder / f"{name}.jsonl", values) for name, values in made.items()}
     asked = {"questions": 8, "max_new_tokens": 4}
@@ -81,9 +68,10 @@ def configs(tmp_path_factory) -> Path:
                 **cache, "seq_len": 192, "held_out_fraction": 0.2,
                 "sources": [{"name": "chats", "path": path["chats"], "exact_match": True}],
             },
-            "train": packed, "eval": asked,
+            "train": packed | {"steps": 60, "eval_every": 30}, "eval": asked,
         },
         "dpo": {
+            "optim": {"lr": 1e-4},
             "data": {
                 **cache, "seq_len": 192, "held_out_fraction": 0.2,
                 "sources": [{"name": "pairs", "path": path["pairs"]}],
@@ -95,33 +83,35 @@ def configs(tmp_path_factory) -> Path:
                 "max_prompt_tokens": 64, "held_out_fraction": 0.2, "held_out_prompts": 10,
                 "sources": [{"name": "sums", "path": path["prompts"]}],
             },
-            "rollout": {"prompts": 4, "group_size": 4, "max_new_tokens": 4, "seq_len": 128},
+            "rollout": {
+                "prompts": 4, "group_size": 4, "max_new_tokens": 4, "seq_len": 128,
+                "temperature": 0.5,
+            },
             "train": train, "eval": {"samples_per_prompt": 2},
         },
     }  # fmt: skip
     for name, values in stages.items():
-        text = yaml.safe_dump({"name": name, **common, **values})
+        text = yaml.safe_dump({"name": name} | common | values)
         (folder / f"{name}.yaml").write_text(text)
     return folder
 
 
-def start(configs: Path, runs: Path, fault: str = "", **how) -> subprocess.Popen:
-    runs.parent.mkdir(exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if fault:
-        hook = configs / "hook"
-        hook.mkdir(exist_ok=True)
-        (hook / "sitecustomize.py").write_text(KILLER)
-        environment |= {"PYTHONPATH": f"{hook}:{ROOT}", "DEMO_FAULT": fault}
+def start(configs: Path, runs: Path) -> subprocess.Popen:
     command = [sys.executable, "scripts/demo.py", "--configs", configs, "--runs-dir", runs]
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **piped | how)
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **piped)
 
 
-def demo(configs: Path, runs: Path, fault: str = "") -> tuple[int, str, str]:
-    process = start(configs, runs, fault)
-    out, err = process.communicate(timeout=300)
+def demo(configs: Path, runs: Path, timeout_s: float = 300) -> tuple[int, str, str]:
+    process = start(configs, runs)
+    out, err = process.communicate(timeout=timeout_s)
     return process.returncode, out, err
+
+
+def forked(configs: Path, runs: Path, fault: str = "") -> Outcome:
+    """The same by forks that need not import torch; `fault` as in tests/forked_demo.py."""
+    argv = (fault, "--configs", configs, "--runs-dir", runs)
+    return run("tests.forked_demo", *argv, log=runs.with_name("log"))
 
 
 def summary(runs: Path) -> dict:
@@ -153,15 +143,41 @@ def test_killed_in_every_stage_and_run_again_it_comes_to_the_same(configs, whole
     runs = tmp_path / "runs"
     victims = {"pretrain": "stage", "sft": "demo", "dpo": "demo stage", "rlvr": "stage"}
     for stage in STAGES:
-        code, out, err = demo(configs, runs, f"{SCRIPTS[stage]}.py 7 {victims[stage]}")
+        killed = forked(configs, runs, f"{stage} 7 {victims[stage]}")
         by_demo = "demo" in victims[stage]
-        assert code == (-signal.SIGKILL if by_demo else 128 + signal.SIGKILL), out + err
+        expected = -signal.SIGKILL if by_demo else 128 + signal.SIGKILL
+        assert killed.code == expected, killed.out + killed.err
         assert (runs / stage / "metrics.jsonl").exists()
         assert not (runs / stage / f"{stage}_final.pt").exists()
-    code, out, err = demo(configs, runs)
-    assert code == 0, out + err
-    assert out.count("finished before") == 3
+    done = forked(configs, runs)
+    assert done.code == 0, done.out + done.err
+    assert done.out.count("finished before") == 3
     assert same(runs, whole[0])
+    moved = [line["train/grad_norm"] for line in numbers(runs / "rlvr/metrics.jsonl")[1:4]]
+    assert any(moved), "without a gradient every resumed run is the same"
+
+
+def test_run_again_all_is_skipped_and_a_changed_config_is_refused(configs, whole, tmp_path):
+    runs = tmp_path / "runs"
+    shutil.copytree(whole[0], runs)
+    again = forked(configs, runs)
+    assert again.code == 0, again.err
+    assert again.out.count("finished before") == 4
+    assert same(runs, whole[0])
+
+    other = tmp_path / "configs"
+    shutil.copytree(configs, other)
+    values = yaml.safe_load((other / "dpo.yaml").read_text())
+    (other / "dpo.yaml").write_text(yaml.safe_dump(values | {"preference": {"beta": 7.0}}))
+    refused = forked(other, runs)
+    assert refused.code == 2
+    assert "preference.beta: 0.1 -> 7.0" in refused.err
+
+    shutil.copy(runs / "pretrain/pretrain_final.pt", runs / "sft/sft_final.pt")
+    shutil.copy(runs / "pretrain/pretrain_final.pt.sha256", runs / "sft/sft_final.pt.sha256")
+    refused = forked(configs, runs)
+    assert refused.code == 2
+    assert f"{runs}/dpo grew from another" in refused.err
 
 
 def test_it_tells_each_stage_its_measures_the_dialogues_and_the_way_on(whole):
@@ -201,12 +217,15 @@ def test_a_stage_s_measures_are_those_of_its_metrics(whole):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_it_saves_says_how_to_go_on_and_leaves(configs, tmp_path, number):
-    runs = tmp_path / "runs"
-    process = start(configs, runs)
+    runs, endless = tmp_path / "runs", tmp_path / "pretrain.yaml"
+    values = yaml.safe_load((configs / "pretrain.yaml").read_text())
+    values["train"]["steps"] = 1_000_000
+    endless.write_text(yaml.safe_dump(values))
+    process = start(tmp_path, runs)
     for line in process.stdout:
-        if "step" in line:
-            process.send_signal(number)
+        if "step         6/1,000,000" in line:
             break
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, out + err
     assert "run it again to go on" in err
@@ -228,7 +247,7 @@ def test_a_failing_stage_shows_its_error_and_its_code(configs, tmp_path):
 
 @pytest.mark.slow
 def test_the_real_demo(tmp_path):
-    code, out, err = demo(Path("configs/demo").resolve(), tmp_path / "runs")
+    code, out, err = demo(ROOT / "configs/demo", tmp_path / "runs", timeout_s=3600)
     assert code == 0, out + err
     pretrain, sft, dpo, rlvr = summary(tmp_path / "runs")["stages"]
     assert pretrain["after"] < pretrain["before"] / 2

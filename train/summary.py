@@ -200,8 +200,8 @@ def common_table(measured: Sequence[Measured]) -> str:
     rows = [("after", "text, loss per token", "", "questions, exact match", "")]
     before: Measured | None = None
     for m in measured:
-        text = f"{m.text_loss - before.text_loss:+.2f}" if before else ""
-        exact = f"{100 * (m.exact_match - before.exact_match):+.1f}" if before else ""
+        text = _change(m.text_loss, before.text_loss, 2) if before else ""
+        exact = _change(100 * m.exact_match, 100 * before.exact_match, 1) if before else ""
         share = f"{m.exact_match:.1%}" + "*" * m.few_shot
         rows.append((m.name, f"{m.text_loss:.2f}", text, share, exact))
         before = m
@@ -217,10 +217,13 @@ def remarks(measured: Sequence[Measured]) -> list[str]:
     if last.text_loss > first.text_loss + 0.1:
         lines.append(
             f"Text has become harder for it ({first.text_loss:.2f} -> {last.text_loss:.2f}): the "
-            "later stages see short chats alone, and a\nmodel this small forgets the rest over "
-            "them. Larger models forget less; text mixed into SFT helps as well."
+            "later stages\nsee short chats alone, and a model this small forgets the rest over them."
         )
     return lines
+
+
+def _change(after: float, before: float, digits: int) -> str:
+    return f"{round(after - before, digits) + 0.0:+.{digits}f}"  # + 0.0: no "-0.00"
 
 
 def _value(measure: str, value: float | None) -> str:

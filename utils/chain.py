@@ -193,20 +193,9 @@ def run_stage(stage: Stage, progress: Progress, lock: int) -> int:
         128 + the signal that stopped it.
     """
     stage.folder.mkdir(parents=True, exist_ok=True)
-    # Threads that wait should sleep: spinning ones take the cores from each other when it is busy.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     with (
         (stage.folder / "console.log").open("a", encoding="utf-8") as log,
-        subprocess.Popen(
-            [sys.executable, *stage.command()],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # the terminal's Ctrl-C comes through `_passed_on` alone
-            pass_fds=(lock,),
-        ) as process,
+        start(stage.command(), lock) as process,
         _passed_on(process) as caught,
     ):
         for line in _lines(process.stdout):
@@ -221,6 +210,22 @@ def run_stage(stage: Stage, progress: Progress, lock: int) -> int:
     if code == 0 and not stage.final.exists():  # stopped by a signal of its own, everything saved
         return 128 + signal.SIGTERM
     return 128 - code if code < 0 else code
+
+
+def start(command: list[str], lock: int) -> subprocess.Popen:
+    """Python with this command line, its output as one pipe; it holds the lock too."""
+    # Threads that wait should sleep: spinning ones take the cores from each other when it is busy.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # the terminal's Ctrl-C comes through `_passed_on` alone
+        pass_fds=(lock,),
+    )
 
 
 @contextmanager
