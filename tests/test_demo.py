@@ -102,12 +102,6 @@ def start(configs: Path, runs: Path) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **piped)
 
 
-def demo(configs: Path, runs: Path, timeout_s: float = 300) -> tuple[int, str, str]:
-    process = start(configs, runs)
-    out, err = process.communicate(timeout=timeout_s)
-    return process.returncode, out, err
-
-
 def forked(configs: Path, runs: Path, fault: str = "") -> Outcome:
     """The same by forks that need not import torch; `fault` as in tests/forked_demo.py."""
     argv = (fault, "--configs", configs, "--runs-dir", runs)
@@ -134,9 +128,9 @@ def same(ours: Path, theirs: Path) -> bool:
 def whole(configs, tmp_path_factory) -> tuple[Path, str]:
     """An undisturbed demo: its runs, and what it printed."""
     runs = tmp_path_factory.mktemp("whole") / "runs"
-    code, out, err = demo(configs, runs)
-    assert code == 0, out + err
-    return runs, out
+    done = forked(configs, runs)
+    assert done.code == 0, done.out + done.err
+    return runs, done.out
 
 
 def test_killed_in_every_stage_and_run_again_it_comes_to_the_same(configs, whole, tmp_path):
@@ -215,7 +209,9 @@ def test_a_stage_s_measures_are_those_of_its_metrics(whole):
     assert pretrain["tokens"] == 12 * 768
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_stopped_it_saves_says_how_to_go_on_and_leaves(configs, tmp_path, number):
     runs, endless = tmp_path / "runs", tmp_path / "pretrain.yaml"
     values = yaml.safe_load((configs / "pretrain.yaml").read_text())
@@ -238,17 +234,18 @@ def test_a_failing_stage_shows_its_error_and_its_code(configs, tmp_path):
         values = yaml.safe_load((configs / f"{name}.yaml").read_text())
         values["optim"] = {"lr": -1} if name == "pretrain" else {"lr": 1e-2}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
-    code, out, err = demo(tmp_path, tmp_path / "runs")
-    assert code == 2, out
-    assert err.startswith("error: ") and "optim.lr" in err
-    assert "Traceback" not in out + err
-    assert "[2/4]" not in out
+    failed = forked(tmp_path, tmp_path / "runs")
+    assert failed.code == 2, failed.out
+    assert failed.err.startswith("error: ") and "optim.lr" in failed.err
+    assert "Traceback" not in failed.out + failed.err
+    assert "[2/4]" not in failed.out
 
 
 @pytest.mark.slow
 def test_the_real_demo(tmp_path):
-    code, out, err = demo(ROOT / "configs/demo", tmp_path / "runs", timeout_s=3600)
-    assert code == 0, out + err
+    process = start(ROOT / "configs/demo", tmp_path / "runs")
+    out, err = process.communicate(timeout=3600)
+    assert process.returncode == 0, out + err
     pretrain, sft, dpo, rlvr = summary(tmp_path / "runs")["stages"]
     assert pretrain["after"] < pretrain["before"] / 2
     assert sft["after"] > sft["before"] + 0.3

@@ -215,9 +215,10 @@ def remarks(measured: Sequence[Measured]) -> list[str]:
         lines.append(f"* knows no chat form: asked after {SHOTS} solved examples")
     first, last = measured[0], measured[-1]
     if last.text_loss > first.text_loss + 0.1:
+        rise = f"{first.text_loss:.2f} -> {last.text_loss:.2f}"
         lines.append(
-            f"Text has become harder for it ({first.text_loss:.2f} -> {last.text_loss:.2f}): the "
-            "later stages\nsee short chats alone, and a model this small forgets the rest over them."
+            f"Text has become harder for it ({rise}): the later stages see short chats alone,\n"
+            "and a model this small forgets the rest over them."
         )
     return lines
 
