@@ -1,5 +1,6 @@
 """The demo in miniature: to its summary, undisturbed and killed once in every stage."""
 
+import importlib
 import json
 import os
 import shutil
@@ -12,10 +13,13 @@ import pytest
 import yaml
 
 from data import builtin, builtin_tasks
+from scripts.demo import make_stages
 from tests.pipeline import ROOT, Outcome, numbers, run
 from utils import checkpoint
+from utils.config import load_config, plain
 
 STAGES = ("pretrain", "sft", "dpo", "rlvr")
+CONFIGS = ("pretrainconfig", "sftconfig", "prefconfig", "rlvrconfig")
 KINDS = ("larger",)  # yes or no: even the smallest model is right now and then
 SCRIPTS = dict(
     zip(STAGES, ("train_pretrain", "train_sft", "train_pref", "train_rlvr"), strict=True)
@@ -239,6 +243,22 @@ def test_a_failing_stage_shows_its_error_and_its_code(configs, tmp_path):
     assert failed.err.startswith("error: ") and "optim.lr" in failed.err
     assert "Traceback" not in failed.out + failed.err
     assert "[2/4]" not in failed.out
+
+
+@pytest.mark.parametrize("number", range(4), ids=STAGES)
+def test_a_stage_is_finished_with_its_whole_final_checkpoint_and_its_config(number, tmp_path):
+    stage = make_stages(Path("configs/demo"), tmp_path)[number]
+    script = importlib.import_module(stage.script.removesuffix(".py"))
+    (kind,) = (v for k, v in vars(script).items() if k.lower() == CONFIGS[number])
+    config = plain(load_config(kind, stage.config, [f"runs_dir={tmp_path}"]))
+    assert not stage.finished()
+    checkpoint.save(stage.final, {"config": config})
+    assert stage.finished()
+    checkpoint.save(stage.final, {"config": config | {"seed": 1}})
+    assert not stage.finished()
+    checkpoint.save(stage.final, {"config": config})
+    stage.final.write_bytes(stage.final.read_bytes()[:-1])
+    assert not stage.finished()
 
 
 @pytest.mark.slow
