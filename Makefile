@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo       train a small language model on built-in data; a CPU is enough"
+	@echo "make demo       pretraining, SFT, DPO and RLVR of a small model on built-in data; a CPU is enough"
 	@echo "make test       the tests (minutes)"
 	@echo "make test-full  the tests and the slow ones: kills, long runs"
 	@echo "make check      ruff: format and lint"
