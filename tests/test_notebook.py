@@ -85,6 +85,37 @@ def script(name: str, *arguments: object) -> None:
     importlib.import_module(name.removesuffix(".py")).main([str(a) for a in arguments])
 
 
+def test_stopping_a_cell_lets_the_training_save(tmp_path, monkeypatch, capfd):
+    kernel = Kernel(tmp_path, monkeypatch)
+    for name in ("parameters", "code"):
+        kernel.run(name)
+    (tmp_path / "training.py").write_text(
+        "import signal\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\n"
+        "print('step 1')\n"
+        "signal.sigwait({signal.SIGTERM})\n"
+        "print('saved')\n"
+    )
+
+    def show(*texts: str, **how: object) -> None:
+        print(*texts, **how)
+        if texts == ("step 1\n",):
+            raise KeyboardInterrupt  # what the stop button sends
+
+    kernel.namespace["print"] = show
+    with pytest.raises(KeyboardInterrupt):
+        kernel.namespace["run"](tmp_path / "training.py")
+    assert capfd.readouterr().out.endswith("step 1\nsaved\n")
+
+
+def test_without_the_code_the_notebook_asks_for_its_address(tmp_path, monkeypatch):
+    kernel = Kernel(tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    kernel.run("parameters")
+    with pytest.raises(RuntimeError, match="set REPOSITORY"):
+        kernel.run("code")
+
+
 GPUS = {  # name, MiB, compute capability -> rows, precision, device that costs are told for
     "Tesla T4, 15360, 7.5": ("2", "fp32", None),
     "NVIDIA L4, 23034, 8.9": ("16", "bf16", "L4"),
@@ -94,8 +125,9 @@ GPUS = {  # name, MiB, compute capability -> rows, precision, device that costs 
 }
 
 
+@pytest.mark.parametrize("length", [{}, {"TOKENS": 100_000_000, "BATCH_TOKENS": 65_536}])
 @pytest.mark.parametrize("answer", GPUS)
-def test_settings_for_each_gpu_of_colab_make_a_valid_run(tmp_path, monkeypatch, capfd, answer):
+def test_settings_for_each_gpu_make_a_valid_run(tmp_path, monkeypatch, capfd, answer, length):
     """Beyond the trial: the real configs, with a GPU that is only told of."""
     kernel = Kernel(tmp_path, monkeypatch)
     for name in ("parameters", "code"):
@@ -104,13 +136,13 @@ def test_settings_for_each_gpu_of_colab_make_a_valid_run(tmp_path, monkeypatch, 
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{answer}'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    kernel.namespace["TRIAL"] = False
+    kernel.namespace |= {"TRIAL": False, **length}
     monkeypatch.chdir(ROOT)
     kernel.run("gpu")
     out = capfd.readouterr().out
     rows, precision, device = GPUS[answer]
     machine = kernel.namespace["MACHINE"]
-    assert f"train.micro_batch={rows}" in machine
+    assert f"train.micro_batch={min(int(rows), 32) if length else rows}" in machine
     assert f"runtime.precision={precision}" in machine
     assert "137,850,624" in out
     assert device is None or f"on one {device} " in out
