@@ -184,7 +184,10 @@ def needed_gib(config: Any, device: torch.device) -> float | None:
         return None
     rows = getattr(config.train, "micro_batch", 1)
     seq_len = getattr(config.data, "seq_len", config.model.max_seq_len)
-    return config.model.memory_gib(rows, seq_len, 2 if device.type == "cuda" else 4)["total"]
+    fused = device.type == "cuda" and config.runtime.fused is not False
+    mode = config.runtime.memory if fused else None
+    width = 2 if device.type == "cuda" else 4  # bytes of an activation
+    return config.model.memory_gib(rows, seq_len, mode, width)["total"]
 
 
 def run_checks(config: Any, tokenizer: Tokenizer | TokenizerConfig | None) -> Iterator[Check]:

@@ -74,11 +74,12 @@ class Terminal:
             self.signal(signal.SIGKILL)
             self.wait()
 
-    def wait(self) -> int:
+    def wait(self, timeout_s: float = 60) -> int:
         """The exit code."""
         try:
-            while True:
+            while select.select([self.terminal], [], [], timeout_s)[0]:
                 self._read()
+            raise TimeoutError(f"still running after {self.text[self.place :]!r}")
         except EOFError:
             os.close(self.terminal)
             self.ended = True

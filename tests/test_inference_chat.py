@@ -78,6 +78,7 @@ def test_a_conversation(made, chat, tmp_path):
         expected = made.answer([user("Hello")], temperature=0)
         terminal.send("\x1b[A\x1b[A\x1b[A\n")  # three lines up in the history
         assert terminal.expect("stats: ").endswith(f"Hello\n{expected}\n")
+        terminal.expect(r"\n> ")  # before it the line is not edited, and Ctrl-D would be lost
         terminal.send("\x04")
         assert terminal.wait() == 0
         assert "Traceback" not in terminal.text
