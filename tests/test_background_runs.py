@@ -18,7 +18,7 @@ from tests.test_train_pretrain import (
 WORKERS = ("data.workers=2", "data.max_cache_gb=0.00002")  # most shards are given up again
 KILLS = {
     "first window": Fault("data.windows.ShardMaker._cut", 3),
-    "ahead": Fault("data.windows.ShardMaker._cut", 11),
+    "ahead": Fault("data.windows.ShardMaker._cut", 6),
     "a shard done": Fault("data.shards.ShardStore.add", 9),
     "given up": Fault("data.shards.ShardStore.trim", 3),
     "training": Fault("train.loop.train_step", 13),
