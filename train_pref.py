@@ -53,7 +53,6 @@ from train.setup import EpochTrainConfig
 from utils.config import (
     CommandLine,
     Config,
-    ConfigError,
     Problem,
     load_config,
     parse_command_line,
@@ -196,7 +195,7 @@ def find_reference(
     if config.preference.is_verifier:
         return found
     if config.preference.reference == "live":
-        found.model = load_reference(args, config, found.fingerprint, dist)
+        found.model = setup.load_reference(args, BASE_STAGES, config, found.fingerprint, dist)
     elif found.logp is None:
         rows = config.train.micro_batch
         batches = batches_of(np.arange(len(pairs)), pairs, None, config.data, rows)
@@ -205,25 +204,6 @@ def find_reference(
             model, batches, len(pairs), identity, config.data.cache_dir, dist
         )
     return found
-
-
-def load_reference(
-    args: CommandLine, config: PrefConfig, fingerprint: str, dist: Distributed
-) -> Transformer:
-    """The reference as a second model, which does not learn.
-
-    Raises:
-        ConfigError: `--base-model` is missing, or not what the run started from.
-    """
-    base = setup.load_base(args, BASE_STAGES, config.model)
-    if weights_fingerprint(base["model"]) != fingerprint:
-        raise ConfigError(
-            f"--base-model {args.base_model} is not the model that this run started from; "
-            "its reference must stay the same"
-        )
-    reference = build_model(config.model, config.runtime, dist)
-    reference.load_state_dict(base["model"])
-    return reference.eval().requires_grad_(False)
 
 
 def make_loader(

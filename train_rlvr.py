@@ -137,7 +137,9 @@ def main(argv: list[str]) -> None:
     model = setup.build_model(config.model, config.runtime, dist)
     model.load_state_dict(base["model"])
     fingerprint = state["reference"] if state else weights_fingerprint(base["model"])
-    reference = load_reference(args, config, fingerprint, dist) if config.policy.kl_weight else None
+    reference = None
+    if config.policy.kl_weight:
+        reference = setup.load_reference(args, BASE_STAGES, config, fingerprint, dist)
     judge = make_judge(args, config, prompts, tokenizer, model)
     engine = make_engine(
         model,
@@ -198,25 +200,6 @@ def print_plan(config: RlvrConfig) -> None:
         "most that can come; time is that of training on them, sampling comes on top "
         "(bench/decode.py measures it)"
     )
-
-
-def load_reference(
-    args: CommandLine, config: RlvrConfig, fingerprint: str, dist: Distributed
-) -> Transformer:
-    """The base model a second time, which does not learn.
-
-    Raises:
-        ConfigError: `--base-model` is missing, or not what the run started from.
-    """
-    base = setup.load_base(args, BASE_STAGES, config.model)
-    if weights_fingerprint(base["model"]) != fingerprint:
-        raise ConfigError(
-            f"--base-model {args.base_model} is not the model that this run started from; "
-            "its reference must stay the same"
-        )
-    reference = setup.build_model(config.model, config.runtime, dist)
-    reference.load_state_dict(base["model"])
-    return reference.eval().requires_grad_(False)
 
 
 def make_judge(

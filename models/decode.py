@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from models.attention import KVCache
+from models.kv_cache import KVCache
 from models.sampling import Sampling, sample
 from models.transformer import Transformer
 

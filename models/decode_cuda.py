@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models import decode_kernels as kernels
-from models.attention import KVCache, attention, document_mask
+from models.attention import attention, document_mask
 from models.decode import unique_prompts
+from models.kv_cache import KVCache
 from models.layers import rotary_angles
 from models.sampling import Sampling, sample
 from models.transformer import Block, Transformer

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Attention, DocumentMask, KVCache, Store, choose_kernel, document_mask
+from models.attention import Attention, DocumentMask, Store, choose_kernel, document_mask
 from models.config import ModelConfig
 from models.fused import fused_block, fused_embedding, fused_norm
+from models.kv_cache import KVCache
 from models.layers import RMSNorm, Rotation, SwiGLU, rotary_angles
 
 

@@ -12,8 +12,8 @@ from data.packing import Batch
 from data.prompts import Prompt
 from data.tokenizer import Tokenizer
 from models.generate import Engine
+from train.groups import Group, sample_groups
 from train.judge import Judge
-from train.rollout import Group, sample_groups
 from utils.config import Config
 from utils.distributed import Distributed
 

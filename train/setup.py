@@ -18,7 +18,9 @@ import torch
 
 from data.chat import ChatTemplate
 from models.config import ModelConfig
+from models.transformer import Transformer
 from train.loop import LoopConfig, Training
+from train.pairs import weights_fingerprint
 from train.runtime import PRECISIONS, RuntimeConfig, build_model, start_devices  # noqa: F401
 from utils import checkpoint, cost_tracker
 from utils.checkpoint import Checkpointer, CheckpointError
@@ -173,6 +175,28 @@ def load_base(args: CommandLine, stages: Sequence[str], model: ModelConfig) -> d
             + "\nset model: to the file that the checkpoint was trained with"
         )
     return base
+
+
+def load_reference(
+    args: CommandLine, stages: Sequence[str], config: Config, fingerprint: str, dist: Distributed
+) -> Transformer:
+    """The base model a second time: what the policy is compared with, and does not learn.
+
+    Args:
+        fingerprint: of the weights that the run started from.
+
+    Raises:
+        ConfigError: `--base-model` is missing, or not what the run started from.
+    """
+    base = load_base(args, stages, config.model)
+    if weights_fingerprint(base["model"]) != fingerprint:
+        raise ConfigError(
+            f"--base-model {args.base_model} is not the model that this run started from; "
+            "its reference must stay the same"
+        )
+    reference = build_model(config.model, config.runtime, dist)
+    reference.load_state_dict(base["model"])
+    return reference.eval().requires_grad_(False)
 
 
 def load_template(base: dict, args: CommandLine) -> ChatTemplate:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models.attention import KERNELS, KVCache, attention, choose_kernel, document_mask
+from models.attention import KERNELS, attention, choose_kernel, document_mask
+from models.kv_cache import KVCache
 
 CPU = [("dense", "cpu", torch.float32), ("dense", "cpu", torch.bfloat16)]
 GPU = [(kernel, "cuda", torch.bfloat16) for kernel in KERNELS]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from models.attention import KVCache
 from models.config import ModelConfig
+from models.kv_cache import KVCache
 from models.transformer import Transformer
 
 SMOL_160M = ModelConfig(d_model=768, n_layers=18, n_heads=12, n_kv_heads=4, d_ffn=2048)
