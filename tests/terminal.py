@@ -62,6 +62,19 @@ class Terminal:
     def send(self, text: str) -> None:
         os.write(self.terminal, text.encode())
 
+    def interrupt(self, pattern: str) -> str:
+        """Presses Ctrl-C at a prompt until a pattern comes.
+
+        A signal that arrives just before Python waits for a key is noticed with the next one only.
+        """
+        for _ in range(9):
+            self.send("\x03")
+            try:
+                return self.expect(pattern, timeout_s=5)
+            except TimeoutError:
+                continue
+        raise TimeoutError(f"no {pattern!r} in {self.text[self.place :]!r}")
+
     def signal(self, number: int = signal.SIGINT) -> None:
         os.kill(self.pid, number)
 
