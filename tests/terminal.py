@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import pty
 import re
@@ -24,6 +25,7 @@ class Terminal:
             os.environ.pop("NO_COLOR", None)
             command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, argv)]
             os.execv(sys.executable, command)
+        self.decoder = codecs.getincrementaldecoder("utf-8")()  # a read may split a character
         self.raw = ""
         self.place = 0
         self.ended = False
@@ -46,7 +48,7 @@ class Terminal:
             data = b""
         if not data:
             raise EOFError(f"the program has ended: {self.text[self.place :]!r}")
-        self.raw += data.decode()
+        self.raw += self.decoder.decode(data)
 
     @property
     def text(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import sys
 from contextlib import suppress
 
@@ -112,10 +113,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(made, tmp_path):
         terminal.expect("half a line")
         terminal.interrupt(r"\n> ")
         terminal.interrupt(r"Ctrl-C again, or Ctrl-D, leaves\n> ")
-        terminal.send("\x03")
-        with suppress(OSError):  # it has left already
-            terminal.send("\x03")
-        assert terminal.wait() == 0
+        with suppress(EOFError, OSError):  # it has left already
+            terminal.interrupt("never written")
+        # One Ctrl-C more than needed may come when it is on its way out.
+        assert terminal.wait() in (0, -signal.SIGINT, 128 + signal.SIGINT)
         assert "Traceback" not in terminal.text
 
 

@@ -14,6 +14,7 @@ Left out: includes, interpolation and environment variables. Only `model:` may n
 import argparse
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -397,3 +398,5 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:  # a Ctrl-C while Python takes itself down must end it, not print a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

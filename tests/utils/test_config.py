@@ -1,5 +1,6 @@
 """Configs: every mistake is reported at once and located; YAML reads as a person expects."""
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -444,3 +445,19 @@ def test_exit_codes_of_a_script(tmp_path: Path) -> None:
         assert failed.stderr.startswith("error: ")
         assert "Traceback" not in failed.stderr
         assert failed.stdout == ""
+
+
+@pytest.mark.parametrize("ending", ["return", "sys.exit(3)", "raise KeyboardInterrupt"])
+def test_a_ctrl_c_on_the_way_out_ends_it_without_a_traceback(ending):
+    root = Path(__file__).parents[2]
+    program = (
+        "import atexit, os, signal, sys, time\n"
+        "from utils.config import run_script\n"
+        "def main(argv):\n"
+        "    atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60)))\n"
+        f"    {ending}\n"
+        "run_script(main)\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
