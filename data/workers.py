@@ -94,6 +94,7 @@ class _Worker:
             [sys.executable, "-m", "data.workers"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the training process, which then ends the pipe
             env=os.environ | single | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
         )
         with contextlib.suppress(OSError):  # dead already: `make` will notice
@@ -133,7 +134,6 @@ def signal_name(code: int) -> str:
 
 def serve() -> None:
     """The life of a worker: jobs from stdin, answers to stdout, until stdin is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever prints does not garble answers
     tokenizer = Tokenizer.from_state(pickle.load(requests))
@@ -159,4 +159,6 @@ def _receive(requests: Any, jobs: queue.Queue) -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    with contextlib.suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):
+        serve()
+    os._exit(0)  # the training process is gone, and nobody reads what is left to be written

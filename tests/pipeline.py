@@ -6,7 +6,10 @@ kill itself (SIGKILL) or to get a signal just before the n-th call of any functi
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -25,11 +28,17 @@ CONTEXT.set_forkserver_preload(["torch", "numpy", "pyarrow", "tokenizers", "trai
 
 
 class Fault(NamedTuple):
-    """Send `signal` to the run just before call number `call` (from 1) of `function`."""
+    """Send `signal` to the run just before call number `call` (from 1) of `function`.
+
+    Attributes:
+        signal: 0 for none, to wait only.
+        after: wait for a file like this (a glob) first, which a thread or a process writes.
+    """
 
     function: str
     call: int
     signal: int = signal.SIGKILL
+    after: str = ""
 
 
 @dataclass
@@ -47,27 +56,34 @@ class Run:
         script: str,
         argv: list[str],
         log: Path,
-        fault: Fault | None = None,
+        fault: Fault | list[Fault] | None = None,
         largest_file: int | None = None,
         env: dict[str, str] | None = None,
     ) -> None:
         self.log = log
-        arguments = (script, argv, str(log), fault, largest_file, env or {})
+        faults = [fault] if isinstance(fault, Fault) else fault or []
+        arguments = (script, argv, str(log), faults, largest_file, env or {})
         self.process = CONTEXT.Process(target=_child, args=arguments)
         self.process.start()
 
     def until_stopped(self) -> None:
         """Wait for a fault that sends SIGSTOP."""
-        status = Path(f"/proc/{self.process.pid}/status")
-        while "T (stopped)" not in status.read_text():
+        threads = Path(f"/proc/{self.process.pid}/task")
+        while not all("T (stopped)" in p.read_text() for p in threads.glob("*/status")):
+            assert self.process.is_alive(), f"it ended before: {_read(self.log, 'err')}"
             time.sleep(0.01)
 
-    def wait(self, timeout_s: float = 300) -> Outcome:
+    def wait(self, timeout_s: float = 1200) -> Outcome:
+        """Until the run, and whatever it has started and left behind, has ended."""
         self.process.join(timeout_s)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
-            raise TimeoutError(f"still running after {timeout_s} s: {self.log.read_text()}")
+            raise TimeoutError(f"still running after {timeout_s} s: {_read(self.log, 'out')}")
+        deadline = time.monotonic() + timeout_s
+        while _writers(self.log):
+            assert time.monotonic() < deadline, "what it has started lives on"
+            time.sleep(0.01)
         return Outcome(self.process.exitcode, *(_read(self.log, kind) for kind in ("out", "err")))
 
 
@@ -75,7 +91,7 @@ def run(
     script: str,
     *argv: object,
     log: Path,
-    fault: Fault | None = None,
+    fault: Fault | list[Fault] | None = None,
     largest_file: int | None = None,
     env: dict[str, str] | None = None,
 ) -> Outcome:
@@ -87,11 +103,21 @@ def _read(log: Path, kind: str) -> str:
     return log.with_suffix(f".{kind}").read_text()
 
 
+def _writers(log: Path) -> list[Path]:
+    """The stdout and stderr of processes that are a run's."""
+    found = []
+    for stream in Path("/proc").glob("[0-9]*/fd/[12]"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if stream.readlink().with_suffix("") == log.resolve():
+                found.append(stream)
+    return found
+
+
 def _child(
     script: str,
     argv: list[str],
     log: str,
-    fault: Fault | None,
+    faults: list[Fault],
     largest_file: int | None,
     env: dict[str, str],
 ) -> None:
@@ -106,7 +132,7 @@ def _child(
 
     torch.set_num_threads(1)
     module = importlib.import_module(script)
-    if fault:
+    for fault in faults:
         _install(fault)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
@@ -119,11 +145,12 @@ def _child(
 def _install(fault: Fault) -> None:
     owner_name, _, attribute = fault.function.rpartition(".")
     owner = _resolve(owner_name)
-    original, calls = getattr(owner, attribute), [0]
+    original, calls = getattr(owner, attribute), itertools.count(1)
 
     def counted(*args: object, **kwargs: object) -> object:
-        calls[0] += 1
-        if calls[0] == fault.call:
+        if next(calls) == fault.call:  # of any thread
+            while fault.after and not glob.glob(fault.after):
+                time.sleep(0.01)
             os.kill(os.getpid(), fault.signal)
         return original(*args, **kwargs)
 

@@ -10,6 +10,7 @@ import select
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,6 +24,7 @@ class Terminal:
         if self.pid == 0:
             os.environ |= {"TERM": "xterm", "OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
             os.environ.pop("NO_COLOR", None)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores it
             command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, argv)]
             os.execv(sys.executable, command)
         self.decoder = codecs.getincrementaldecoder("utf-8")()  # a read may split a character
@@ -30,7 +32,7 @@ class Terminal:
         self.place = 0
         self.ended = False
 
-    def expect(self, pattern: str, timeout_s: float = 120) -> str:
+    def expect(self, pattern: str, timeout_s: float = 300) -> str:
         """Waits for a pattern in what is new; returns what stands before it."""
         end = time.monotonic() + timeout_s
         while not (found := re.compile(pattern).search(self.text, self.place)):
@@ -68,14 +70,25 @@ class Terminal:
         """Presses Ctrl-C at a prompt until a pattern comes.
 
         A signal that arrives just before Python waits for a key is noticed with the next one only.
+        A program that is slow gets no second one: that would leave it.
         """
         for _ in range(9):
             self.send("\x03")
-            try:
-                return self.expect(pattern, timeout_s=5)
-            except TimeoutError:
-                continue
+            for _ in range(60):
+                with suppress(TimeoutError):
+                    return self.expect(pattern, timeout_s=5)
+                if self._sleeps():
+                    break
         raise TimeoutError(f"no {pattern!r} in {self.text[self.place :]!r}")
+
+    def _sleeps(self) -> bool:
+        """Whether the program has waited for something for a second."""
+        stat = Path(f"/proc/{self.pid}/stat")
+        states = set()
+        for _ in range(10):
+            states.add(stat.read_text().rpartition(")")[2].split()[0])
+            time.sleep(0.1)
+        return states == {"S"}
 
     def signal(self, number: int = signal.SIGINT) -> None:
         os.kill(self.pid, number)
@@ -89,7 +102,7 @@ class Terminal:
             self.signal(signal.SIGKILL)
             self.wait()
 
-    def wait(self, timeout_s: float = 60) -> int:
+    def wait(self, timeout_s: float = 300) -> int:
         """The exit code."""
         try:
             while select.select([self.terminal], [], [], timeout_s)[0]:

@@ -222,11 +222,14 @@ def test_stopped_it_saves_says_how_to_go_on_and_leaves(configs, tmp_path, number
     values["train"]["steps"] = 1_000_000
     endless.write_text(yaml.safe_dump(values))
     process = start(tmp_path, runs)
-    for line in process.stdout:
-        if "step         6/1,000,000" in line:
-            break
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    try:
+        for line in process.stdout:
+            if "step         6/1,000,000" in line:
+                break
+        process.send_signal(number)
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == 128 + number, out + err
     assert "run it again to go on" in err
     saved = checkpoint.Checkpointer(runs / "pretrain/checkpoints", 2).latest()

@@ -121,23 +121,14 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(made, tmp_path):
 
 
 def test_a_base_checkpoint_continues_each_line(made, base):
-    terminal = Terminal(
-        "inference",
-        "--interactive",
-        "--checkpoint",
-        base,
-        "--max-new-tokens",
-        NEW,
-        "--temperature",
-        0,
-    )
-    terminal.expect("each line is continued.*\n> ")
-    for text in ("The old mill", "What is 3 + 4?", "a"):
-        assert terminal.say(text) == text + made.continuation(text, temperature=0)
-    for command in ("/reset", "/system a", "/save b"):
-        assert "there is no conversation" in terminal.say(command)
-    terminal.send("/exit\n")
-    assert terminal.wait() == 0
+    with converse(base, "--max-new-tokens", NEW) as terminal:
+        terminal.expect("each line is continued.*\n> ")
+        for text in ("The old mill", "What is 3 + 4?", "a"):
+            assert terminal.say(text) == text + made.continuation(text, temperature=0)
+        for command in ("/reset", "/system a", "/save b"):
+            assert "there is no conversation" in terminal.say(command)
+        terminal.send("/exit\n")
+        assert terminal.wait() == 0
 
 
 def talk(monkeypatch, write, path: str, lines: list[str], *argv: object) -> tuple[str, str]:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,6 +64,11 @@ def config(text, tmp_path):
 
 def pretrain(config, *argv: object, **how: object) -> Outcome:
     return run("train_pretrain", "--config", config, *argv, log=config.parent / "log", **how)
+
+
+def before_step(step: int, written: Path, number: int = signal.SIGKILL) -> Fault:
+    """A signal once a checkpoint, which a thread writes, is there with its sha256."""
+    return Fault("train.loop.train_step", step, number, after=f"{written}.sha256")
 
 
 def final(runs) -> dict:
@@ -155,8 +161,8 @@ def test_kills_at_random_moments(undisturbed, config, tmp_path, seed):
 
 @pytest.mark.parametrize("damage", ["truncate", "flip"])
 def test_a_damaged_latest_checkpoint_is_passed_over(undisturbed, config, tmp_path, damage):
-    pretrain(config, fault=Fault("train.loop.train_step", 18))
     latest = tmp_path / "runs/pretrain/checkpoints/step_00000015.pt"
+    pretrain(config, fault=before_step(18, latest))
     data = bytearray(latest.read_bytes())
     data[len(data) // 2] ^= 1
     latest.write_bytes(data if damage == "flip" else data[: len(data) // 2])
@@ -191,12 +197,12 @@ def test_sigterm_in_the_middle_of_an_accumulation(undisturbed, config, tmp_path)
 
 def test_a_full_disk_loses_only_the_work_since_the_last_save(undisturbed, config, tmp_path):
     """Checkpoints no longer fit after step 10: training goes on and ends with an error."""
-    pretrain(config, fault=Fault("train.loop.train_step", 12))
+    checkpoints = tmp_path / "runs/pretrain/checkpoints"
+    pretrain(config, fault=before_step(12, checkpoints / "step_00000010.pt"))
     outcome = pretrain(config, "--resume", largest_file=20_000)
     assert outcome.code == 2
     assert "step_00000015.pt: not saved: File too large. Training goes on" in outcome.out
     assert "The last checkpoint is not on disk; make room" in outcome.err
-    checkpoints = tmp_path / "runs/pretrain/checkpoints"
     assert sorted(p.name for p in checkpoints.glob("*")) == [
         f"step_{step:08d}.pt{end}" for step in (5, 10) for end in ("", ".sha256")
     ]
@@ -215,14 +221,15 @@ def mirror(tmp_path):
     "fault",
     [
         Fault("train.loop.train_step", 18),
-        Fault("utils.mirror._copy_checkpoint", 3),  # while the third checkpoint is copied
+        Fault("utils.mirror._copy_checkpoint", 2),  # while the second checkpoint is copied
         Fault("utils.mirror.Mirror._copy_texts", 2),
     ],
     ids=["training", "copying", "metrics"],
 )
 def test_a_lost_disk_is_made_good_by_the_mirror(undisturbed, config, tmp_path, mirror, fault):
     where = f"train.mirror_dir={mirror}"
-    killed = pretrain(config, where, fault=fault)
+    mirrored = before_step(9, mirror / "pretrain/checkpoints/step_00000005.pt", 0)
+    killed = pretrain(config, where, fault=[mirrored, fault])
     assert killed.code == -signal.SIGKILL, killed.err
     shutil.rmtree(tmp_path / "runs")
     shutil.rmtree(tmp_path / "cache")
@@ -257,7 +264,8 @@ def test_kills_at_random_moments_of_the_copy(undisturbed, config, tmp_path, mirr
 def test_a_mirror_that_vanishes_stops_nothing(undisturbed, config, tmp_path, mirror):
     """Its folder becomes a file while the run is stopped for a moment, after step 5 is mirrored."""
     where, log = f"train.mirror_dir={mirror}", config.parent / "log"
-    fault = Fault("train.loop.train_step", 9, signal.SIGSTOP)
+    mirrored = mirror / "pretrain/checkpoints/step_00000005.pt"
+    fault = before_step(9, mirrored, signal.SIGSTOP)
     paused = Run("train_pretrain", ["--config", str(config), where], log, fault)
     paused.until_stopped()
     shutil.rmtree(mirror)
@@ -274,7 +282,8 @@ def test_a_mirror_that_vanishes_stops_nothing(undisturbed, config, tmp_path, mir
 
 def test_wandb_goes_on_under_one_id_and_changes_nothing(undisturbed, config, tmp_path):
     argv, env = (config, "train.wandb_project=test"), {"WANDB_MODE": "offline"}
-    pretrain(*argv, fault=Fault("train.loop.train_step", 13), env=env)
+    begun = str(tmp_path / "runs/pretrain/wandb/offline-run-*/*.wandb")
+    pretrain(*argv, fault=Fault("train.loop.train_step", 13, after=begun), env=env)
     identity = (tmp_path / "runs/pretrain/wandb_id.txt").read_text().strip()
     outcome = pretrain(*argv, "--resume", env=env)
     assert outcome.code == 0, outcome.err
@@ -285,8 +294,8 @@ def test_wandb_goes_on_under_one_id_and_changes_nothing(undisturbed, config, tmp
 
 
 def test_a_decay_branches_off_the_stable_phase(undisturbed, config, tmp_path):
-    pretrain(config, fault=Fault("train.loop.train_step", 12))
     stable = tmp_path / "runs/pretrain/checkpoints/step_00000010.pt"
+    pretrain(config, fault=before_step(12, stable))
     branch = ("name=branch", "schedule.decay_now=true", "schedule.decay_steps=6", "--resume-from")
     for call in (4, 5):  # before the branch has a checkpoint of its own, and after
         outcome = pretrain(

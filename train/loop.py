@@ -19,6 +19,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import torch
 
@@ -87,7 +88,8 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        get_logger().info(f"{signal.Signals(number).name}: saving the last step, then leaving")
+        with suppress(RuntimeError):  # the signal came while a line was being written to stdout
+            get_logger().info(f"{signal.Signals(number).name}: saving the last step, then leaving")
 
     def restore(self) -> None:
         for number, handler in self._previous.items():

@@ -55,6 +55,7 @@ from pathlib import Path
 from train import sandbox_inside
 
 CHUNK_BYTES = 1 << 16
+PROBE_S = 60.0  # the machine may be busy, and a sandbox found unavailable ends a training
 INSIDE = Path(sandbox_inside.__file__).read_text()
 TOOL_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ENVIRONMENT = {"PATH": TOOL_PATH, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -105,6 +106,9 @@ class Limits:
     output_kib: int = 64
 
 
+LIMITS = Limits()  # of a run that is given none
+
+
 @dataclass(frozen=True)
 class Result:
     """What became of a run.
@@ -136,7 +140,7 @@ def run(program: str, tests: str = "", stdin: str = "", limits: Limits | None = 
     command, reason = _tool()
     if command is None:
         raise RuntimeError(f"the sandbox is unavailable: {reason}")
-    return _run(command, program, tests, stdin, limits or Limits())
+    return _run(command, program, tests, stdin, limits or LIMITS)
 
 
 def start(program: str, packages: list[str], limits: Limits, root: Path) -> subprocess.Popen:
@@ -220,7 +224,7 @@ def _refusal(name: str, command: Command) -> str | None:
     """Why a tool is not to be trusted here; None if it is."""
     if shutil.which(name, path=TOOL_PATH) is None:
         return f"{name} is not installed"
-    result = _run(command, PROBE, "", "", Limits(wall_s=20.0))
+    result = _run(command, PROBE, "", "", Limits(wall_s=PROBE_S))
     if result.finished:
         return None
     said = result.stderr.strip().splitlines() or [result.stopped or "no message"]

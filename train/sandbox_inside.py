@@ -124,7 +124,9 @@ def main() -> None:
     """
     size, text = int(sys.argv[1]), b""
     while len(text) < size:
-        text += os.read(0, size - len(text))
+        if not (piece := os.read(0, size - len(text))):
+            sys.exit("the caller is gone")
+        text += piece
     job = json.loads(text)
     libc = ctypes.CDLL(None, use_errno=True)
     limit(job)

@@ -46,7 +46,7 @@ class Scorer:
         ConfigError: its package is not installed, or cannot run here.
     """
 
-    def __init__(self, name: str, answer_s: float = ANSWER_S) -> None:
+    def __init__(self, name: str, answer_s: float | None = None) -> None:
         package = scorer_inside.PACKAGES.get(name)
         if package and importlib.util.find_spec(package) is None:
             hint = package.replace("_", "-")
@@ -58,7 +58,7 @@ class Scorer:
                 f"that is unavailable: {sandbox.unavailable()}"
             )
         self.name = name
-        self.answer_s = answer_s
+        self.answer_s = ANSWER_S if answer_s is None else answer_s
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
         self._folder: tempfile.TemporaryDirectory | None = None

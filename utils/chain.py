@@ -195,9 +195,10 @@ def run_stage(stage: Stage, progress: Progress, lock: int) -> int:
     stage.folder.mkdir(parents=True, exist_ok=True)
     with (
         (stage.folder / "console.log").open("a", encoding="utf-8") as log,
+        _PassedOn() as signals,
         start(stage.command(), lock) as process,
-        _passed_on(process) as caught,
     ):
+        signals.to(process)
         for line in _lines(process.stdout):
             if line:
                 log.write(line + "\n")
@@ -205,8 +206,8 @@ def run_stage(stage: Stage, progress: Progress, lock: int) -> int:
             progress.show(line)
         code = process.wait()
     progress.clear()
-    if caught:
-        return 128 + caught[0]
+    if signals.caught:
+        return 128 + signals.caught[0]
     if code == 0 and not stage.final.exists():  # stopped by a signal of its own, everything saved
         return 128 + signal.SIGTERM
     return 128 - code if code < 0 else code
@@ -223,25 +224,38 @@ def start(command: list[str], lock: int) -> subprocess.Popen:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # the terminal's Ctrl-C comes through `_passed_on` alone
+        start_new_session=True,  # the terminal's Ctrl-C comes through `_PassedOn` alone
         pass_fds=(lock,),
     )
 
 
-@contextmanager
-def _passed_on(process: subprocess.Popen) -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM go to the stage, which saves and ends; gives the list of those caught."""
-    caught: list[int] = []
+class _PassedOn:
+    """Ctrl-C and SIGTERM go to the stage, which saves and ends.
 
-    def handle(number: int, frame: object) -> None:
-        caught.append(number)
-        process.send_signal(number)
+    Attributes:
+        caught: their numbers; those that come before there is a process go to it once there is.
+    """
 
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
+    def __init__(self) -> None:
+        self.caught: list[int] = []
+        self._process: subprocess.Popen | None = None
+
+    def to(self, process: subprocess.Popen) -> None:
+        self._process = process
+        for number in self.caught:
+            process.send_signal(number)
+
+    def __enter__(self) -> _PassedOn:
+        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _handle(self, number: int, frame: object) -> None:
+        self.caught.append(number)
+        if self._process:
+            self._process.send_signal(number)
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
 
 

@@ -392,11 +392,12 @@ def parse_command_line(
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Run `main(argv)`; a user's mistake is one message on stderr and exit code 2, no traceback."""
     try:
-        main(sys.argv[1:])
+        try:
+            main(sys.argv[1:])
+        finally:  # a Ctrl-C from here on must end it, not print a traceback
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:  # a Ctrl-C while Python takes itself down must end it, not print a traceback
-        signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -151,17 +152,40 @@ def test_workers_end_with_their_parent(folder, tmp_path, end):
         "time.sleep(600)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
-    assert parent.stdout.readline() == b"busy\n"
-    deadline = time.monotonic() + 60
-    while len(family := children(parent.pid)) < 2:  # each starts with its first job
-        assert time.monotonic() < deadline, "no second worker"
-        time.sleep(0.01)
-    parent.send_signal(end)
-    parent.wait()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
+    try:
+        assert parent.stdout.readline() == b"busy\n"
+        while len(family := children(parent.pid)) < 2:  # each starts with its first job
+            assert time.monotonic() < deadline, "no second worker"
+            time.sleep(0.01)
+        assert all(os.getsid(pid) == pid for pid in family), "a terminal's Ctrl-C would reach them"
+        parent.send_signal(end)
+        parent.wait()
+    finally:
+        parent.kill()
+        parent.wait()
     while any(alive(pid) for pid in family):
         assert time.monotonic() < deadline, "orphans"
         time.sleep(0.05)
+
+
+def test_a_worker_whose_parent_goes_while_it_starts_says_nothing(folder, tmp_path):
+    """It reads half a tokenizer, or a job whose answer nobody takes."""
+    tokenizer = pickle.dumps(TOKENIZER.state_dict())
+    job = pickle.dumps(new_store(folder, tmp_path).job(0, 0, texts("a"), False))
+    for sent in (b"", tokenizer[:-9], tokenizer + job):
+        with subprocess.Popen(
+            [sys.executable, "-m", "data.workers"],
+            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ) as worker:  # fmt: skip
+            worker.stdout.close()
+            worker.stdin.write(sent)
+            worker.stdin.flush()
+            if sent != tokenizer + job:  # else it is the answer that finds nobody
+                worker.stdin.close()
+            assert worker.stderr.read() == b""
+            worker.stdin.close()
+        assert worker.returncode == 0
 
 
 def alive(pid: int) -> bool:
@@ -290,7 +314,7 @@ def test_a_follower_waits_for_who_makes_the_shards(reference, config, tmp_path):
     thread.start()
     leader = PretrainLoader(open_stores(changed, TOKENIZER), changed, 0, 16, 8, 0, 2)
     expected = [next(leader) for _ in range(30)]
-    thread.join(120)
+    thread.join(300)
     for (first,), (second,), (both,) in zip(expected, got, batches, strict=False):
         assert first.tokens.tolist() + second.tokens.tolist() == both.tokens.tolist()
     assert len(got) == 30
@@ -320,12 +344,10 @@ def test_a_source_without_documents_is_said(tmp_path):
 
 def test_reading_ahead_ends_when_closed():
     """Its thread, waiting with an item in hand, goes away."""
-    before = threading.active_count()
+    before = set(threading.enumerate())  # other tests' may be ending
     items = read_ahead(itertools.count(), 2)
     assert [next(items) for _ in range(3)] == [0, 1, 2]
-    assert threading.active_count() == before + 1
+    (thread,) = set(threading.enumerate()) - before
     items.close()
-    deadline = time.monotonic() + 30
-    while threading.active_count() > before:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    thread.join(300)
+    assert not thread.is_alive()

@@ -1,6 +1,9 @@
 """The step: averaging by weight, clipping, skipping what is not finite, metrics between lines."""
 
 import copy
+import io
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from models.transformer import Transformer
 from optim.optimizer import OptimConfig, make_optimizer
 from optim.scheduler import Schedule, ScheduleConfig
 from train.evals import held_out_loss
-from train.loop import Training, train_step
+from train.loop import StopRequest, Training, train_step
 from train.loss import cross_entropy_loss
 from utils.cost_tracker import CostTracker
 from utils.distributed import Distributed
@@ -167,3 +170,29 @@ def test_held_out_loss_per_domain_and_of_the_mixture():
         assert values[f"{domain}_val_ppl"] == pytest.approx(np.exp(expected), rel=1e-4)
     mixed = 0.9 * values["web_val_loss"] + 0.1 * values["code_val_loss"]
     assert values["val/loss"] == pytest.approx(mixed)
+
+
+def test_a_signal_while_a_line_is_written_is_remembered(monkeypatch):
+    """The handler cannot write to what the interrupted `print` has locked."""
+
+    class Disk(io.RawIOBase):
+        written = b""
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: memoryview) -> int:
+            if not stop.requested:
+                signal.raise_signal(signal.SIGTERM)
+            Disk.written += bytes(data)
+            return len(data)
+
+    stop = StopRequest()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(Disk())))
+            print("a line", flush=True)
+    finally:
+        stop.restore()
+    assert stop.requested
+    assert Disk.written == b"a line\n"

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from data.builtin_tasks import KINDS, prompt
-from train import sandbox
+from train import sandbox, scorer
 from train.rewards import (
     VERIFIERS,
     RewardConfig,
@@ -26,6 +26,15 @@ needs_math = pytest.mark.skipif(
 needs_sandbox = pytest.mark.skipif(
     sandbox.unavailable() is not None, reason=f"sandbox: {sandbox.unavailable()}"
 )
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine may be slow; an answer in time is not what is tested."""
+    monkeypatch.setattr(sandbox, "LIMITS", sandbox.Limits(wall_s=300.0, cpu_s=60))
+    monkeypatch.setattr(scorer, "ANSWER_S", 300.0)
+    monkeypatch.setattr(scorer, "START_S", 300.0)
+
 
 GSM8K_ANSWER = "She sold 48/2 = <<48/2=24>>24 clips in May.\nAltogether 48+24 = 72.\n#### 72"
 GSM8K = [
@@ -131,6 +140,7 @@ def test_regex_matches_the_whole_text() -> None:
 def test_exponential_regex_scores_zero_and_the_next_is_answered() -> None:
     judge = Scorer("regex", answer_s=1.0)
     assert judge("a" * 40 + "!", "(a+)+$") == 0
+    judge.answer_s = 300.0
     assert judge("aaa", "(a+)+$") == 1
     judge.close()
 
@@ -162,6 +172,7 @@ def test_math_bombs_score_zero_and_the_next_is_answered() -> None:
     judge = Scorer("math", answer_s=2.0)
     for bomb in ("$9^{9^{9^{9}}} - 1$", "$(10^{10^{10}})!$"):
         assert judge(f"\\boxed{{{bomb}}}", "72") == 0
+    judge.answer_s = 300.0
     assert judge("\\boxed{72}", "72") == 1
     judge.close()
 
@@ -202,6 +213,7 @@ def test_scorer_without_a_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
         Scorer("reasoning_gym")
     judge = Scorer("regex", answer_s=1.0)
     assert judge("a" * 40 + "!", "(a+)+$") == 0
+    judge.answer_s = 300.0
     assert judge("aaa", "(a+)+$") == 1
     judge.close()
 

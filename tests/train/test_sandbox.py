@@ -1,6 +1,7 @@
 """Real attacks on the sandbox, through each tool that is installed: none gets out, all end soon.
 
 The wall limit bounds every test: an attack that is not contained shows as a result that says so.
+It is long, since machines are slow at times; what is to run into it has a short one.
 """
 
 import json
@@ -21,7 +22,7 @@ import pytest
 from train import sandbox, sandbox_inside
 from train.sandbox import Limits, Result
 
-LIMITS = Limits(wall_s=5.0, cpu_s=1, memory_mib=128, output_kib=16)
+LIMITS = Limits(wall_s=300.0, cpu_s=30, memory_mib=128, output_kib=16)
 SHORT = replace(LIMITS, wall_s=1.0)
 ROOT = Path(__file__).parents[2]
 
@@ -97,7 +98,7 @@ def test_program_that_does_not_come_to_its_end(name: str) -> None:
 
 
 def test_endless_loop_is_ended_by_the_kernel() -> None:
-    result = run("while True: pass", limits=replace(LIMITS, wall_s=60.0))
+    result = run("while True: pass", limits=replace(LIMITS, cpu_s=1))
     assert not result.finished
     assert result.exit_code != 0
     assert result.stopped == ""  # not by the caller
@@ -157,7 +158,7 @@ def test_limits_cannot_be_raised() -> None:
             try: resource.setrlimit(limit, (hard + 1, hard + 1))
             except (OSError, ValueError): print(name, hard)
     """)
-    assert result.stdout.split() == ["AS", str(128 << 20), "CPU", "1", "NOFILE", "16", "FSIZE", "0"]
+    assert result.stdout.split() == ["AS", "134217728", "CPU", "30", "NOFILE", "16", "FSIZE", "0"]
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
@@ -305,21 +306,30 @@ sandbox.run({marker!r}, limits=sandbox.Limits(wall_s=500.0))
     caller = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     with caller:
         assert caller.stdout.readline() == b"begins\n"
-        deadline = time.monotonic() + 20
-        while not (children := _descendants(caller.pid)) and time.monotonic() < deadline:
+        deadline = time.monotonic() + 300
+        while not any(map(_confined, children := _descendants(caller.pid))):
+            assert time.monotonic() < deadline, "the program does not run"
             time.sleep(0.01)
-        time.sleep(0.3)  # until the program itself runs
-        children = _descendants(caller.pid)
         caller.kill()
-    assert children
-    while any(map(_alive, children)) and time.monotonic() < deadline:
+    while any(map(_alive, children)):
+        assert time.monotonic() < deadline, "it lives on"
         time.sleep(0.01)
-    assert not any(map(_alive, children))
 
 
 def _descendants(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
     return [d for child in map(int, children) for d in [child, *_descendants(child)]]
+
+
+def _confined(pid: int) -> bool:
+    """Whether the process has its seccomp filter, the last thing before it runs the program."""
+    try:
+        return "Seccomp:\t2" in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
 
 
 def _alive(pid: int) -> bool:

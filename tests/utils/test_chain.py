@@ -9,7 +9,8 @@ import threading
 
 import pytest
 
-from utils.chain import Progress, _agrees, _lines, alone
+from utils import chain
+from utils.chain import Progress, Stage, _agrees, _lines, alone, run_stage
 
 TRAINED = "step {:>3}/100  {:.1f}%  loss 3.000  9.1K tok/s  ETA 5 s"
 EVALUATED = "step {:>3}/100  {:.1f}%  val 2.000"
@@ -103,6 +104,21 @@ def test_the_lock_is_held_by_a_child_that_outlives_its_parent(tmp_path, capsys):
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     child.stdin.close()
-    assert entered.wait(60)
+    assert entered.wait(300)
     waiting.join()
     assert "waiting" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_while_a_stage_starts_reaches_it(tmp_path, monkeypatch, number):
+    start = chain.start
+
+    def start_in_vain(command: list[str], lock: int) -> subprocess.Popen:
+        signal.raise_signal(number)
+        return start(["-c", "import time; time.sleep(600)"], lock)
+
+    monkeypatch.setattr(chain, "start", start_in_vain)
+    (tmp_path / "sft.yaml").write_text("name: sft\n")
+    stage = Stage("none.py", tmp_path / "sft.yaml", tmp_path, "nothing")
+    with alone(tmp_path) as lock:
+        assert run_stage(stage, Progress(io.StringIO()), lock) == 128 + number

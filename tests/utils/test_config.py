@@ -459,5 +459,5 @@ def test_a_ctrl_c_on_the_way_out_ends_it_without_a_traceback(ending):
         "run_script(main)\n"
     )
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")

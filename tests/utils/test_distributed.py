@@ -1,7 +1,6 @@
 """Two gloo processes against the same sums in one."""
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -34,6 +33,7 @@ def worker(rank: int, port: int, folder: str) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": "",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }  # fmt: skip
     distributed.BUCKET_ELEMENTS = 20  # p0 | p1, alone and too large | p2, p3, p4
     group = distributed.setup()
@@ -55,10 +55,9 @@ def worker(rank: int, port: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, str(folder)), nprocs=2)
+    # The store is here, as with torchrun: a port that is only looked for could be another's soon.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torch.multiprocessing.spawn(worker, (store.port, str(folder)), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -20,6 +20,8 @@ def run(tmp_path, monkeypatch):
         monkeypatch.delenv(key)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "300")
+    monkeypatch.setattr(wandb_log, "PATIENCE_S", 600.0)
     (tmp_path / "tiny").mkdir()
     return tmp_path / "tiny"
 
@@ -106,5 +108,5 @@ def test_a_killed_run_takes_its_child_along(run, monkeypatch):
     log.write('{"step": 1, "train/loss": 2.0}')
     log.write('{"step": 2, "train/lo')
     log._process.stdin.close()  # as the kernel does for a killed process
-    assert log._process.wait(60) == 0
+    assert log._process.wait(600) == 0
     assert recorded(run)[0].count(b"train/loss") >= 1
