@@ -68,8 +68,7 @@ class Run:
 
     def until_stopped(self) -> None:
         """Wait for a fault that sends SIGSTOP."""
-        threads = Path(f"/proc/{self.process.pid}/task")
-        while not all("T (stopped)" in p.read_text() for p in threads.glob("*/status")):
+        while _running_threads(self.process.pid):
             assert self.process.is_alive(), f"it ended before: {_read(self.log, 'err')}"
             time.sleep(0.01)
 
@@ -101,6 +100,16 @@ def run(
 
 def _read(log: Path, kind: str) -> str:
     return log.with_suffix(f".{kind}").read_text()
+
+
+def _running_threads(pid: int) -> list[Path]:
+    """The threads of a process that a SIGSTOP has not reached yet."""
+    found = []
+    for status in Path(f"/proc/{pid}/task").glob("*/status"):
+        with contextlib.suppress(OSError):  # it has ended
+            if "T (stopped)" not in status.read_text():
+                found.append(status)
+    return found
 
 
 def _writers(log: Path) -> list[Path]:

@@ -143,6 +143,7 @@ def test_from_the_hub(config, tmp_path):
         command = [sys.executable, "prepare_data.py", "--config", str(config), *argv]
         env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
         env |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
+        env |= {"HF_HUB_ETAG_TIMEOUT": "300", "HF_HUB_DOWNLOAD_TIMEOUT": "300"}
         done = subprocess.run(
             [*command, f"data.cache_dir={tmp_path}/from_hub"],
             cwd=ROOT, env=env, capture_output=True, text=True, check=False,

@@ -99,7 +99,7 @@ class WandbLog:
 def _run_id(run: Path) -> str:
     """The id in the run's folder; a new one, written there, for a new run."""
     path = run / "wandb_id.txt"
-    if not path.exists():
+    if not path.exists() or not path.read_text().strip():  # empty: killed while writing it
         path.write_text(f"{uuid.uuid4().hex[:8]}\n")
     return path.read_text().strip()
 

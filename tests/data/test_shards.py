@@ -154,9 +154,11 @@ def test_a_build_killed_at_a_write_goes_on_where_it_was(files, tmp_path, monkeyp
                 os.kill(os.getpid(), signal.SIGKILL)
             return replace(self, target)
 
-        monkeypatch.setattr(Path, "replace", replace_or_die)
-        prepared(files, tmp_path / "cache")
-        os._exit(0)
+        try:
+            monkeypatch.setattr(Path, "replace", replace_or_die)
+            prepared(files, tmp_path / "cache")
+        finally:  # whatever it raises: it is no second run of all tests
+            os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     store = prepared(files, tmp_path / "cache")
     assert contents(store) == before
