@@ -31,8 +31,7 @@ class Text:
 
 
 @pytest.mark.skipif(sandbox.unavailable() is not None, reason="no sandbox on this machine")
-def test_attacks_are_worth_nothing_and_the_run_goes_on(monkeypatch):
-    monkeypatch.setattr(sandbox, "LIMITS", sandbox.Limits(wall_s=300.0))
+def test_attacks_are_worth_nothing_and_the_run_goes_on():
     judge = Judge(RewardConfig(), Text(), ["python"])
     prompt = SimpleNamespace(verifier="python", answer=TESTS, messages=[])
     programs = [HONEST, *ATTACKS.values(), HONEST]

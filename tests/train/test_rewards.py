@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from data.builtin_tasks import KINDS, prompt
-from train import sandbox, scorer
+from train import sandbox
 from train.rewards import (
     VERIFIERS,
     RewardConfig,
@@ -26,15 +26,6 @@ needs_math = pytest.mark.skipif(
 needs_sandbox = pytest.mark.skipif(
     sandbox.unavailable() is not None, reason=f"sandbox: {sandbox.unavailable()}"
 )
-
-
-@pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine may be slow; an answer in time is not what is tested."""
-    monkeypatch.setattr(sandbox, "LIMITS", sandbox.Limits(wall_s=300.0, cpu_s=60))
-    monkeypatch.setattr(scorer, "ANSWER_S", 300.0)
-    monkeypatch.setattr(scorer, "START_S", 300.0)
-
 
 GSM8K_ANSWER = "She sold 48/2 = <<48/2=24>>24 clips in May.\nAltogether 48+24 = 72.\n#### 72"
 GSM8K = [
