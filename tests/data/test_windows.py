@@ -76,7 +76,7 @@ def children(parent: int) -> list[int]:
         with contextlib.suppress(OSError):
             fields = status.read_text().rpartition(")")[2].split()
             command = (status.parent / "cmdline").read_bytes()
-            if int(fields[1]) == parent and fields[0] != "Z" and b"data.workers" in command:
+            if int(fields[1]) == parent and fields[0] != "Z" and b"-m\0data.workers" in command:
                 found.append(int(status.parent.name))
     return found
 
