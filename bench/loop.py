@@ -2,8 +2,7 @@
 
     python -m bench.loop --shape tiny --device cpu
     python -m bench.loop --shape 160m --micro-batch 96 --accumulate 16 --steps 5 --rounds 3
-    python -m bench.loop --shape 160m --micro-batch 96 --accumulate 4 --variants bare,fit,\
-fit-logging,fit-stability,fit-saves,fit-prefetch,fit-packing,fit-copies
+    python -m bench.loop --shape 160m --micro-batch 96 --variants all --rounds 2
     python -m bench.loop --shape 600m --micro-batch 48 --model fused+balanced --profile
 
 A variant is one of two, the second with parts left out, joined by -:
@@ -19,10 +18,10 @@ A variant is one of two, the second with parts left out, joined by -:
       -copies                        recorded batches, on the device
 
 The variants take turns in one process, on the same batches and from the same weights. Steps are
-timed from one request for batches to the next, by the GPU's clock where there is one, so what falls
-between two steps counts; evaluations do not, nor the save at the end. "of bare" compares the
-rounds one by one; "costs" is what `fit` takes longer than without the part. --profile traces two
-steps of either: work by kind, and the time in which the GPU had none.
+timed from one request for batches to the next, by the GPU's clock where there is one; evaluations
+do not count, nor does the save at the end. "of bare" compares the turns of a round; "costs" is what
+`fit` takes longer than without the part. --profile traces two steps of either: work by kind, and
+the time in which the GPU had none.
 
 The data are shards of drawn documents (676 tokens in the mean, exponentially distributed), or with
 --data the tokenized sources of a pretraining config; `key=value` changes the config.
@@ -32,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -63,6 +63,7 @@ from utils.logging import MetricsLog, read_metrics
 from utils.profile import gpu_time, gpu_time_table, trace_steps
 
 PARTS = ("logging", "stability", "saves", "prefetch", "packing", "copies")
+ALL = ("bare", "fit", *(f"fit-{part}" for part in PARTS))
 READ_AHEAD = 2  # steps that the loader packs beyond the last one, as in a run that goes on
 TRACED, BEFORE_TRACE = 2, 5  # steps; the second is that of utils.profile.StepTrace
 
@@ -109,17 +110,13 @@ class Marks:
         allocations = _allocations(self.device) - self.allocations
         synchronize(self.device)
         timed = pairwise(self.at[self.warmup :])
-        if self.device.type == "cuda":
-            times = [a.elapsed_time(b) for a, b in timed]
-        else:
-            times = [(b - a) * 1e3 for a, b in timed]
+        on_gpu = self.device.type == "cuda"
+        times = [a.elapsed_time(b) if on_gpu else (b - a) * 1e3 for a, b in timed]
         return Round(times, first_loss, saves, allocations)
 
 
 def _allocations(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.memory_stats().get("num_device_alloc", 0)
+    return torch.cuda.memory_stats()["num_device_alloc"] if device.type == "cuda" else 0
 
 
 @dataclass
@@ -191,7 +188,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     add = parser.add_argument
     add("--shape", default="tiny", choices=("tiny", "160m", "600m"))
-    add("--variants", default="bare,fit")
+    add("--variants", default="bare,fit", help="or all: with each part left out in turn")
     add("--model", help="as a variant of bench/step.py; fused on a GPU, plain elsewhere")
     add("--micro-batch", type=int, default=2, metavar="ROWS")
     add("--accumulate", type=int, default=4, metavar="N", help="micro-batches of a step")
@@ -209,7 +206,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--out", default="runs/bench", help="folder of the profiler's traces")
     args = parser.parse_args(argv)
     args.model = args.model or ("fused" if args.device.startswith("cuda") else "plain")
-    args.variants = args.variants.split(",")
+    args.variants = list(ALL) if args.variants == "all" else args.variants.split(",")
     for variant in args.variants:
         how, *without = variant.split("-")
         if how not in ("bare", "fit") or (without and how == "bare") or set(without) - set(PARTS):
@@ -298,19 +295,18 @@ def run_fit(bench: Bench, without: set[str], steps: int, profile_steps: int = 0)
         result.append(marks.round(None, sum(step % args.save_every == 0 for step in saves)))
         return {}
 
-    folder = Path(tempfile.mkdtemp(dir=bench.folder))
+    folder, alone = Path(tempfile.mkdtemp(dir=bench.folder)), Distributed(0, 1, 0, bench.device)
     checkpointer = Checkpointer(bench.folder / "checkpoints", 1)
     metrics = MetricsLog(folder / "metrics.jsonl")
-    alone = Distributed(0, 1, 0, bench.device)
     with (folder / "console.txt").open("w") as console, redirect_stdout(console):
         fit(training, cross_entropy_loss, config, checkpointer, metrics, alone, evaluate)
     checkpointer.close()
     for _ in prefetcher:  # its thread ends
         pass
     if profile_steps:
-        (folder / "trace.json.gz").replace(trace_file(args, "fit"))
-    lines = [line for line in read_metrics(metrics.path) if "train/loss" in line]
-    result[0].first_loss = lines[0]["train/loss"] if lines and args.log_every == 1 else None
+        shutil.move(folder / "trace.json.gz", trace_file(args, "fit"))
+    losses = [line["train/loss"] for line in read_metrics(metrics.path) if "train/loss" in line]
+    result[0].first_loss = losses[0] if losses and args.log_every == 1 else None
     return result[0]
 
 
