@@ -160,6 +160,8 @@ def test_a_kernel_that_cannot_run_is_refused_with_the_reason(requested, reason):
         ((9, 0), torch.float32, 64, "flex", "varlen needs bfloat16 or float16, not float32"),
         ((9, 0), torch.bfloat16, 60, "flex", "needs heads of 8, 16 ... 256 dimensions, not 60"),
         ((7, 5), torch.float16, 64, "flex", "varlen needs Ampere or later"),
+        ((7, 5), torch.float32, 64, "flex", "fa2 needs Ampere or later (compute capability 8)"),
+        ((7, 0), torch.float32, 64, "flex", "fa4 needs Hopper or Blackwell"),
         ((7, 5), torch.float16, 8, "dense", "flex needs heads of at least 16 dimensions"),
     ],
 )
@@ -171,6 +173,14 @@ def test_choice_on_cuda(monkeypatch, capability, dtype, head_dim, kernel, reason
     chosen, why = choose_kernel("auto", torch.device("cuda"), dtype, head_dim)
     assert chosen == kernel
     assert reason in why
+
+
+@pytest.mark.parametrize("kernel", ["fa4", "fa2", "varlen"])
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
+def test_flash_attention_is_refused_before_ampere(monkeypatch, kernel, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with pytest.raises(ValueError, match=f"'{kernel}' cannot run: needs .* not 7.{capability[1]}"):
+        choose_kernel(kernel, torch.device("cuda"), torch.float16, 64)
 
 
 def test_an_empty_package_does_not_pass_for_a_kernel(tmp_path, monkeypatch):
