@@ -1,7 +1,10 @@
 """Every kernel against a loop over documents in float64; no leaks; which kernel is chosen."""
 
 import math
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +108,30 @@ def test_fa4_can_be_traced_where_it_is_not_installed():
         out.sum().backward()
     assert (out.shape, out.dtype) == (q.shape, torch.bfloat16)
     assert [x.grad.shape for x in (q, k, v)] == [x.shape for x in (q, k, v)]
+
+
+def test_of_fa4s_warnings_only_the_one_of_each_compilation_is_hidden():
+    """In a process of its own, since pytest has filters of its own."""
+    script = """
+import warnings
+import models.attention
+for message, module in (
+    ("Argument aux_data (position 17) cannot be converted", "cutlass.base_dsl.dsl"),
+    ("Argument aux_data of another", "other"),
+    ("Cache is disabled", "cutlass.base_dsl.dsl"),
+):
+    warnings.warn_explicit(message, UserWarning, "file.py", 1, module)
+"""
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-W", "default", "-c", script],
+        cwd=root, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    shown = [line for line in run.stderr.splitlines() if line.startswith("file.py")]
+    assert shown == [
+        "file.py:1: UserWarning: Argument aux_data of another",
+        "file.py:1: UserWarning: Cache is disabled",
+    ]
 
 
 @pytest.mark.gpu
