@@ -32,12 +32,12 @@ from train import setup
 from train.evals import PassConfig, held_out_pass
 from train.judge import Judge
 from train.loop import LoopConfig, Training, fit
-from train.pairs import weights_fingerprint
 from train.policy import PolicyConfig
 from train.reward_model import load_reward_model
 from train.rewards import RewardConfig, check_answer
 from train.rollout import RolloutConfig, RolloutLoader, make_engine, policy_objective
 from train.setup import RuntimeConfig
+from utils.checkpoint import weights_fingerprint
 from utils.config import (
     CommandLine,
     Config,

@@ -27,7 +27,6 @@ from data.packing import IGNORE, Piece, make_batch
 from data.tokenizer import Tokenizer
 from models.config import ModelConfig
 from models.verifier import Verifier
-from train.pairs import weights_fingerprint
 from train.rewards import RewardConfig, standardise
 from utils import checkpoint
 from utils.config import ConfigError, validate
@@ -100,7 +99,7 @@ def _from_checkpoint(
 
     head = state["head"]
     scale = {"head": torch.tensor([head["mean"], head["deviation"]])}
-    fingerprint = weights_fingerprint(state["model"] | scale)
+    fingerprint = checkpoint.weights_fingerprint(state["model"] | scale)
     return score, head["mean"], head["deviation"] or 1.0, fingerprint
 
 

@@ -20,7 +20,6 @@ from data.chat import ChatTemplate
 from models.config import ModelConfig
 from models.transformer import Transformer
 from train.loop import LoopConfig, Training
-from train.pairs import weights_fingerprint
 from train.runtime import PRECISIONS, RuntimeConfig, build_model, start_devices  # noqa: F401
 from utils import checkpoint, cost_tracker
 from utils.checkpoint import Checkpointer, CheckpointError
@@ -199,7 +198,7 @@ def load_reference(
         ConfigError: `--base-model` is missing, or not what the run started from.
     """
     base = load_base(args, stages, config.model)
-    if weights_fingerprint(base["model"]) != fingerprint:
+    if checkpoint.weights_fingerprint(base["model"]) != fingerprint:
         raise ConfigError(
             f"--base-model {args.base_model} is not the model that this run started from; "
             "its reference must stay the same"
