@@ -192,7 +192,7 @@ def needed_gib(config: Any, device: torch.device) -> float | None:
 
 def run_checks(config: Any, tokenizer: Tokenizer | TokenizerConfig | None) -> Iterator[Check]:
     """The data and the disks of a run, and W&B."""
-    for source in config.data.sources:
+    for source in [*config.data.sources, *getattr(config.data, "text_sources", ())]:
         yield f"source {source.name}", sanity_run.check_source, source, tokenizer
     yield "disk", sanity_run.check_disk, config
     yield "mirror", sanity_run.check_mirror, config
