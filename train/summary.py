@@ -5,12 +5,14 @@ own held-out data. `measure` asks the same of every stage's final checkpoint, on
 none of them saw: plain text, questions, and pairs of a right and a wrong answer. The second table
 is the one that shows forgetting, and `largest_fall` puts a number on it.
 
-Left out: benchmarks (`eval.py`), and error bars; of 200 questions a share of 80% has a standard
-error of 3 points.
+Left out: benchmarks (`eval.py`), and error bars in the tables: of 200 questions a share of 80% has
+a standard error of 3 points (the report has them).
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -36,6 +38,8 @@ from utils.config import validate
 from utils.distributed import Distributed
 from utils.logging import human_count, human_time
 from utils.report import read_run
+from utils.report_evals import FILE, add_evaluation
+from utils.versions import versions
 
 # A stage's own measure: its name, the metric before (its first value) and after (its last).
 OWN_MEASURES = {
@@ -75,7 +79,7 @@ class Measured:
 
     Attributes:
         text_loss: nats per token of unseen documents.
-        text_accuracy: share of their tokens that were the likeliest.
+        text_accuracy: share of their tokens that were the likeliest, of `text_tokens` in all.
         exact_match: share of unseen questions answered to the letter.
         pair_accuracy: share of unseen pairs whose right answer is likelier than the wrong one.
         few_shot: the questions came after solved examples, since it knows no chat.
@@ -84,6 +88,7 @@ class Measured:
     name: str
     text_loss: float
     text_accuracy: float
+    text_tokens: int
     exact_match: float
     pair_accuracy: float
     few_shot: bool
@@ -126,8 +131,9 @@ def measure(path: Path) -> Measured:
     return Measured(path.parent.name, *text, exact, pairs, template is None)
 
 
-def text_measures(model: Transformer, tokenizer: Tokenizer) -> tuple[float, float]:
-    """Loss and accuracy per token of built-in documents beyond those that training reads."""
+def text_measures(model: Transformer, tokenizer: Tokenizer) -> tuple[float, float, int]:
+    """Of built-in documents beyond those that training reads: loss and accuracy per token, and how
+    many tokens there were."""
     texts = [
         builtin.document(domain, builtin.N_DOCUMENTS[domain] + i)
         for domain, count in DOCUMENTS.items()
@@ -137,7 +143,7 @@ def text_measures(model: Transformer, tokenizer: Tokenizer) -> tuple[float, floa
     rows = pack_rows(documents, model.config.max_seq_len, DOCUMENTS_PER_ROW)
     logp, likeliest = _scores(model, rows, model.config.max_seq_len)
     tokens = sum(int((piece.targets >= 0).sum()) for row in rows for piece in row)
-    return -float(logp.sum()) / tokens, float(likeliest.sum()) / tokens
+    return -float(logp.sum()) / tokens, float(likeliest.sum()) / tokens, tokens
 
 
 def pair_accuracy(model: Transformer, tokenizer: Tokenizer) -> float:
@@ -172,6 +178,39 @@ def _scores(model: Transformer, rows: list[list[Piece]], length: int) -> tuple[T
         )
         likeliest.append(logits.argmax(-1) == batch.targets)
     return torch.cat(logps), torch.cat(likeliest)
+
+
+def keep(path: Path, measured: Measured) -> None:
+    """Put what a checkpoint was measured to be into the `eval.json` beside it, for the report."""
+    state = checkpoint.load(path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    made = {"file": path.name, "sha256": digest}
+    shots = SHOTS if measured.few_shot else 0
+    results = [
+        {
+            "task": "unseen text",
+            "metric": "nats per token",
+            "value": measured.text_loss,
+            "n": measured.text_tokens,
+        },
+        _share("unseen text", "tokens right", measured.text_accuracy, measured.text_tokens),
+        _share("questions", "exact match", measured.exact_match, QUESTIONS) | {"shots": shots},
+        _share("pairs", "right answer likelier", measured.pair_accuracy, PAIRS),
+    ]
+    evaluation = {
+        "checkpoint": made | {key: state[key] for key in ("stage", "step", "tokens")},
+        "settings": {"tasks": ["builtin"]},
+        "versions": versions(),
+        "results": results,
+    }
+    add_evaluation(path.parent / FILE, evaluation)
+
+
+def _share(task: str, metric: str, value: float, n: int) -> dict[str, Any]:
+    """A result with the standard error of a share."""
+    error = math.sqrt(value * (1 - value) / n)
+    return {"task": task, "metric": metric, "value": value, "stderr": error, "n": n}
 
 
 def unseen_questions(tokenizer: Tokenizer, split: str, count: int) -> list[Question]:
