@@ -3,10 +3,14 @@
 Each function is written out in plain torch: that is its definition, what a CPU runs, and what the
 Triton kernels of `models/kernels.py`, which CUDA tensors go to, are tested against. All compute in
 float32 (float64 for float64) and return the dtype of the activations. N tokens are the rows.
+
+What a matrix product reads next is returned as `Rows`: where products are in 8 bits the same pass
+that makes the rows rounds them, which would otherwise be a pass of its own.
 """
 
 import functools
 import importlib
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -14,13 +18,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The residual stream x + delta (N, C) and its RMSNorm; the stream is `x` without a delta."""
+@dataclass
+class Rows:
+    """Rows (N, C) in the forms that matrix products read.
+
+    Attributes:
+        wide: in the activations' dtype; None where only 8-bit products read them.
+        rounded: in an 8-bit float type, and the float32 scales (N, 1) to multiply them by; None
+            where they have not been rounded.
+    """
+
+    wide: Tensor | None
+    rounded: tuple[Tensor, Tensor] | None = None
+
+
+def add_norm(
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    rounding: torch.dtype | None = None,
+    wide: bool = True,
+) -> tuple[Tensor, Rows]:
+    """The residual stream x + delta (N, C) and its RMSNorm; the stream is `x` without a delta.
+
+    Args:
+        rounding: the 8-bit type to round the norm's output to as well; None: to none.
+        wide: whether the output is wanted in the activations' dtype.
+    """
     if kernels := _kernels(x):
-        return kernels.add_norm(x, delta, weight, eps)
+        total, normed, rounded = kernels.add_norm(x, delta, weight, eps, rounding, wide)
+        return total, Rows(normed, rounded)
     total = x if delta is None else x + delta
     unit, _ = _unit(total, eps)
-    return total, (weight * unit).to(x.dtype)
+    normed = (weight * unit).to(x.dtype)
+    return total, Rows(normed if wide else None, _rounded(normed, rounding))
 
 
 def add_norm_backward(
@@ -60,27 +92,40 @@ def rotate_heads(heads: Tensor, rotation: tuple[Tensor, Tensor], inverse: bool =
     heads.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), -1))
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up (N, F) of the halves of `gate_up` (N, 2F)."""
+def swiglu(gate_up: Tensor, rounding: torch.dtype | None = None) -> Rows:
+    """silu(gate) * up (N, F) of the halves of `gate_up` (N, 2F).
+
+    Args:
+        rounding: the 8-bit type to return it in; None: the activations' dtype.
+    """
     if kernels := _kernels(gate_up):
-        return kernels.swiglu(gate_up)
+        if rounding is None:
+            return Rows(kernels.swiglu(gate_up))
+        return Rows(None, kernels.swiglu_rounded(gate_up, rounding))
     gate, up = _wide(gate_up).chunk(2, -1)
-    return (F.silu(gate) * up).to(gate_up.dtype)
+    product = (F.silu(gate) * up).to(gate_up.dtype)
+    return Rows(product if rounding is None else None, _rounded(product, rounding))
 
 
-def swiglu_backward(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward(
+    gate_up: Tensor, grad: Tensor, rounding: torch.dtype | None = None
+) -> tuple[Tensor, Rows]:
     """The product (N, F) once more, and the gradient of `gate_up` (N, 2F).
 
     They may be written over `grad`, the gradient (N, F) of the product, and over `gate_up`.
+
+    Args:
+        rounding: the 8-bit type to round the gradient to as well; None: to none.
     """
     if kernels := _kernels(gate_up):
-        return kernels.swiglu_backward(gate_up, grad)
+        product, grad_gate_up, rounded = kernels.swiglu_backward(gate_up, grad, rounding)
+        return product, Rows(grad_gate_up, rounded)
     gate, up = _wide(gate_up).chunk(2, -1)
     sigmoid, upstream = gate.sigmoid(), _wide(grad)
     silu = gate * sigmoid
     to_gate = upstream * up * (sigmoid + silu * (1 - sigmoid))
-    grad_gate_up = torch.cat((to_gate, upstream * silu), -1)
-    return (silu * up).to(grad.dtype), grad_gate_up.to(grad.dtype)
+    grad_gate_up = torch.cat((to_gate, upstream * silu), -1).to(grad.dtype)
+    return (silu * up).to(grad.dtype), Rows(grad_gate_up, _rounded(grad_gate_up, rounding))
 
 
 def softmax_statistics(logits: Tensor, targets: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
@@ -126,6 +171,10 @@ def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     limit = torch.finfo(dtype).max
     scales = x.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / limit
     return (x.float() / scales).clamp(-limit, limit).to(dtype), scales
+
+
+def _rounded(x: Tensor, rounding: torch.dtype | None) -> tuple[Tensor, Tensor] | None:
+    return None if rounding is None else quantise_rows(x, rounding)
 
 
 def _unit(total: Tensor, eps: float) -> tuple[Tensor, Tensor]:

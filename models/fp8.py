@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.elementwise import quantise_rows
+from models.elementwise import Rows, quantise_rows
 
 FORMAT = torch.float8_e4m3fn
 MULTIPLE = 16  # of every dimension, for the tensor cores
@@ -47,26 +47,27 @@ class Fp8Matrix:
 
     weight: Tensor
 
-    def apply(self, x: Tensor) -> Tensor:
+    def apply(self, x: Rows) -> Tensor:
         """x (N, inputs) -> (N, outputs)."""
         return _product(x, self.weight)
 
-    def input_gradient(self, grad: Tensor) -> Tensor:
+    def input_gradient(self, grad: Rows) -> Tensor:
         """Gradient (N, inputs) of x from that of the result (N, outputs)."""
         return _product(grad, self.weight.T.contiguous())
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a (n, k) times b (m, k) transposed, both rounded, in the dtype of `a`."""
-    (left, left_scales), (right, right_scales) = quantise_rows(a, FORMAT), quantise_rows(b, FORMAT)
-    if not a.is_cuda:
+def _product(a: Rows, b: Tensor) -> Tensor:
+    """a (n, k) times b (m, k) transposed, both rounded, in the dtype of `b`."""
+    left, left_scales = a.rounded or quantise_rows(a.wide, FORMAT)
+    right, right_scales = quantise_rows(b, FORMAT)
+    if not b.is_cuda:
         exact = (left.float() @ right.float().T) * left_scales * right_scales.T
-        return exact.to(a.dtype)
+        return exact.to(b.dtype)
     return torch._scaled_mm(
         left,
         right.T,
         scale_a=left_scales,
         scale_b=right_scales.T,
-        out_dtype=a.dtype,
+        out_dtype=b.dtype,
         use_fast_accum=True,
     )

@@ -3,8 +3,8 @@
 Between the matrix products of a block nothing is left to compute but to move bytes, so a kernel is
 as good as the bytes it does not move: the residual is added where the norm reads it, rotations are
 done in place on the packed projections, the backward pass of SwiGLU also writes the product that
-the next matrix needs, all of it over its inputs, and a row of logits is turned into its gradient
-where it stands.
+the next matrix needs, all of it over its inputs, rows that an fp8 product reads are rounded by the
+kernel that makes them, and a row of logits is turned into its gradient where it stands.
 
 Sums over rows (norm weights) go through one partial sum per program, added in a fixed order: no
 atomic operations, so results repeat to the bit. Every kernel has its definition in plain torch in
@@ -17,13 +17,69 @@ import triton.language as tl
 from torch import Tensor
 
 # ---------------------------------------------------------------------------------------------
+# 8-bit numbers
+
+
+@triton.jit
+def _largest(value, axis: tl.constexpr):
+    return tl.max(tl.abs(value.to(tl.float32)), axis)
+
+
+@triton.jit
+def _scale_to(limit, largest):
+    return tl.maximum(largest, 1e-12) / limit
+
+
+@triton.jit
+def _store_rounded(out, value, scale, limit, inside):
+    # NaN stays NaN: a minimum and a maximum would make it the limit.
+    scaled = tl.clamp(value.to(tl.float32) / scale, -limit, limit, tl.PropagateNan.ALL)
+    tl.store(out, scaled.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _quantise_rows(
+    x, out, scales, rows, limit, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    at = row[:, None] * C + column[None, :]
+    inside = (row < rows)[:, None] & (column < C)[None, :]
+    value = tl.load(x + at, mask=inside, other=0.0)
+    scale = _scale_to(limit, _largest(value, 1))
+    tl.store(scales + row, scale, mask=row < rows)
+    _store_rounded(out + at, value, scale[:, None], limit, inside)
+
+
+def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    rows, size = x.shape
+    out, scales = _empty_rounded(rows, size, dtype, x.device)
+    block = triton.next_power_of_2(size)
+    per_program = max(1, 4096 // block)
+    _quantise_rows[(triton.cdiv(rows, per_program),)](
+        x, out, scales, rows, torch.finfo(dtype).max, C=size, BLOCK=block, ROWS=per_program,
+        num_warps=min(16, max(4, block // 1024)),
+    )  # fmt: skip
+    return out, scales
+
+
+def _empty_rounded(
+    rows: int, size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Room for 8-bit rows (rows, size) and their scales (rows, 1)."""
+    out = torch.empty(rows, size, dtype=dtype, device=device)
+    return out, torch.empty(rows, 1, dtype=torch.float32, device=device)
+
+
+# ---------------------------------------------------------------------------------------------
 # RMSNorm with the residual
 
 
 @triton.jit
 def _add_norm(
-    x, delta, weight, total, normed, rows, eps,
+    x, delta, weight, total, normed, rounded, scales, rows, eps, limit,
     C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
+    WIDE: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_C)
@@ -37,8 +93,13 @@ def _add_norm(
     wide = value.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 1) / C + eps)
     w = tl.load(weight + column, mask=column < C, other=0.0)
-    out = w[None, :] * (wide * scale[:, None])
-    tl.store(normed + at, out.to(normed.dtype.element_ty), mask=inside)
+    out = (w[None, :] * (wide * scale[:, None])).to(x.dtype.element_ty)
+    if WIDE:
+        tl.store(normed + at, out, mask=inside)
+    if ROUND:
+        scale = _scale_to(limit, _largest(out, 1))
+        tl.store(scales + row, scale, mask=row < rows)
+        _store_rounded(rounded + at, out, scale[:, None], limit, inside)
 
 
 @triton.jit
@@ -70,17 +131,27 @@ def _add_norm_backward(
     tl.store(partial + tl.program_id(0) * C + column, grad_weight, mask=inside)
 
 
-def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_norm(
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    rounding: torch.dtype | None = None,
+    wide: bool = True,
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
     rows, size = x.shape
     total = x if delta is None else torch.empty_like(x)
-    normed = torch.empty_like(x)
+    normed = torch.empty_like(x) if wide else None
+    rounded = None if rounding is None else _empty_rounded(rows, size, rounding, x.device)
     block = triton.next_power_of_2(size)
     per_program = max(1, 4096 // block)
     _add_norm[(triton.cdiv(rows, per_program),)](
-        x, x if delta is None else delta, weight, total, normed, rows, eps,
-        C=size, BLOCK_C=block, ROWS=per_program, ADD=delta is not None, num_warps=4,
+        x, x if delta is None else delta, weight, total, normed if wide else x,
+        *(rounded or (x, x)), rows, eps, torch.finfo(rounding or torch.bfloat16).max,
+        C=size, BLOCK_C=block, ROWS=per_program, ADD=delta is not None,
+        WIDE=wide, ROUND=rounded is not None, num_warps=4,
     )  # fmt: skip
-    return total, normed
+    return total, normed, rounded
 
 
 def add_norm_backward(
@@ -144,18 +215,28 @@ def rotate_heads(heads: Tensor, rotation: tuple[Tensor, Tensor], inverse: bool) 
 
 
 @triton.jit
-def _swiglu(gate_up, product, F: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu(
+    gate_up, product, scales, limit, F: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < F
     gate = tl.load(gate_up + row * 2 * F + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
-    out = gate * tl.sigmoid(gate) * up
-    tl.store(product + row * F + column, out.to(product.dtype.element_ty), mask=inside)
+    out = (gate * tl.sigmoid(gate) * up).to(gate_up.dtype.element_ty)
+    if ROUND:  # the block is the whole row
+        scale = _scale_to(limit, _largest(out, 0))
+        tl.store(scales + row, scale)
+        _store_rounded(product + row * F + column, out, scale, limit, inside)
+    else:
+        tl.store(product + row * F + column, out, mask=inside)
 
 
 @triton.jit
-def _swiglu_backward(gate_up, grad_product, F: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu_backward(
+    gate_up, grad_product, rounded, scales, limit,
+    F: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < F
@@ -166,27 +247,60 @@ def _swiglu_backward(gate_up, grad_product, F: tl.constexpr, BLOCK: tl.constexpr
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     kind = gate_up.dtype.element_ty
-    to_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
-    tl.store(gate_up + at_gate, to_gate.to(kind), mask=inside)
-    tl.store(gate_up + at_up, (grad * silu).to(kind), mask=inside)
+    to_gate = (grad * up * (sigmoid + silu * (1 - sigmoid))).to(kind)
+    to_up = (grad * silu).to(kind)
+    tl.store(gate_up + at_gate, to_gate, mask=inside)
+    tl.store(gate_up + at_up, to_up, mask=inside)
     tl.store(grad_product + row * F + column, (silu * up).to(kind), mask=inside)
+    if ROUND:  # the block is half of the row
+        scale = _scale_to(limit, tl.maximum(_largest(to_gate, 0), _largest(to_up, 0)))
+        tl.store(scales + row, scale)
+        _store_rounded(rounded + at_gate, to_gate, scale, limit, inside)
+        _store_rounded(rounded + at_up, to_up, scale, limit, inside)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     product = gate_up.new_empty(rows, size)
     block = min(2048, triton.next_power_of_2(size))
-    _swiglu[(rows, triton.cdiv(size, block))](gate_up, product, F=size, BLOCK=block, num_warps=4)
+    _swiglu[(rows, triton.cdiv(size, block))](
+        gate_up, product, gate_up, 0.0, F=size, BLOCK=block, ROUND=False, num_warps=4
+    )
     return product
 
 
-def swiglu_backward(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_rounded(gate_up: Tensor, rounding: torch.dtype) -> tuple[Tensor, Tensor]:
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    product, scales = _empty_rounded(rows, size, rounding, gate_up.device)
+    block = triton.next_power_of_2(size)
+    _swiglu[(rows, 1)](
+        gate_up, product, scales, torch.finfo(rounding).max,
+        F=size, BLOCK=block, ROUND=True, num_warps=_warps_of_row(block),
+    )  # fmt: skip
+    return product, scales
+
+
+def swiglu_backward(
+    gate_up: Tensor, grad: Tensor, rounding: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     rows, size = grad.shape
-    block = min(2048, triton.next_power_of_2(size))
-    _swiglu_backward[(rows, triton.cdiv(size, block))](
-        gate_up, grad, F=size, BLOCK=block, num_warps=4
-    )
-    return grad, gate_up
+    block = triton.next_power_of_2(size)
+    if rounding is None:
+        block = min(2048, block)
+        _swiglu_backward[(rows, triton.cdiv(size, block))](
+            gate_up, grad, gate_up, gate_up, 0.0, F=size, BLOCK=block, ROUND=False, num_warps=4
+        )
+        return grad, gate_up, None
+    rounded = _empty_rounded(rows, 2 * size, rounding, grad.device)
+    _swiglu_backward[(rows, 1)](
+        gate_up, grad, *rounded, torch.finfo(rounding).max,
+        F=size, BLOCK=block, ROUND=True, num_warps=_warps_of_row(block),
+    )  # fmt: skip
+    return grad, gate_up, rounded
+
+
+def _warps_of_row(block: int) -> int:
+    return min(16, max(4, block // 512))  # 16 numbers for each thread
 
 
 # ---------------------------------------------------------------------------------------------
@@ -262,38 +376,6 @@ def logits_gradient(
         V=size, BLOCK=block, IGNORED=ignored, num_warps=8,
     )  # fmt: skip
     return out
-
-
-# ---------------------------------------------------------------------------------------------
-# 8-bit numbers
-
-
-@triton.jit
-def _quantise_rows(
-    x, out, scales, rows, limit, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    at = row[:, None] * C + column[None, :]
-    inside = (row < rows)[:, None] & (column < C)[None, :]
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(value), 1), 1e-12) / limit
-    tl.store(scales + row, scale, mask=row < rows)
-    scaled = tl.clamp(value / scale[:, None], -limit, limit)
-    tl.store(out + at, scaled.to(out.dtype.element_ty), mask=inside)
-
-
-def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    rows, size = x.shape
-    out = torch.empty_like(x, dtype=dtype)
-    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(size)
-    per_program = max(1, 4096 // block)
-    _quantise_rows[(triton.cdiv(rows, per_program),)](
-        x, out, scales, rows, torch.finfo(dtype).max, C=size, BLOCK=block, ROWS=per_program,
-        num_warps=min(16, max(4, block // 1024)),
-    )  # fmt: skip
-    return out, scales
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -108,6 +108,7 @@ class _CrossEntropy(torch.autograd.Function):
                 grad_hidden[rows] = grad @ weight
             if wanted[1]:
                 _add_product(grad_weight, grad.T, chunk)
+            del logits, grad
         ctx.gradients = grad_hidden, grad_weight
         nll = -logp.sum()
         penalty = z_loss * logz.where(targets != IGNORE, 0).square().sum()
@@ -118,7 +119,8 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
-        scaled = (g if g is None else g * grad.to(g.dtype) for g in ctx.gradients)
+        gradients, ctx.gradients = ctx.gradients, None  # else they live as long as the loss
+        scaled = [g if g is None else g.mul_(grad) for g in gradients]
         return *scaled, None, None, None, None, None
 
 

@@ -19,6 +19,7 @@ else:
     pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.bfloat16]
+FP8 = torch.float8_e4m3fn
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
@@ -52,11 +53,11 @@ def exactly(function, *args):
 def test_add_norm(kernels, dtype, size, add):
     x, weight = draw(37, size, dtype=dtype), draw(size)
     delta = draw(37, size, dtype=dtype) if add else None
-    total, normed = kernels.add_norm(x, delta, weight, 1e-6)
+    total, normed, _ = kernels.add_norm(x, delta, weight, 1e-6)
     exact_total, exact_normed = exactly(elementwise.add_norm, x, delta, weight, 1e-6)
     assert (total.dtype, normed.dtype) == (dtype, dtype)
     check(total, exact_total, dtype)
-    check(normed, exact_normed, dtype)
+    check(normed, exact_normed.wide, dtype)
     grads = kernels.add_norm_backward(total, weight, normed, delta, 1e-6)
     exact = exactly(elementwise.add_norm_backward, total, weight, normed, delta, 1e-6)
     for ours, expected in zip(grads, exact, strict=True):
@@ -82,10 +83,52 @@ def test_rotate_heads_in_place_inside_wider_rows(kernels, dtype, size, inverse):
 @pytest.mark.parametrize("size", [48, 2048, 2500])
 def test_swiglu(kernels, dtype, size):
     gate_up, grad = draw(7, 2 * size, dtype=dtype), draw(7, size, dtype=dtype)
-    check(kernels.swiglu(gate_up), exactly(elementwise.swiglu, gate_up), dtype)
-    exact = exactly(elementwise.swiglu_backward, gate_up, grad.clone())
-    for ours, expected in zip(kernels.swiglu_backward(gate_up, grad), exact, strict=True):
-        check(ours, expected, dtype)
+    check(kernels.swiglu(gate_up), exactly(elementwise.swiglu, gate_up).wide, dtype)
+    exact_product, exact_grad = exactly(elementwise.swiglu_backward, gate_up, grad.clone())
+    product, grad_gate_up, _ = kernels.swiglu_backward(gate_up, grad)
+    check(product, exact_product, dtype)
+    check(grad_gate_up, exact_grad.wide, dtype)
+
+
+def spread(*shape, dtype):
+    """Rows of very different size, one of them all zeros."""
+    x = draw(*shape, dtype=dtype) * torch.logspace(-4, 4, shape[0], device=DEVICE)[:, None]
+    x[1] = 0
+    return x.to(dtype)
+
+
+def check_rounded(kernels, rounded, wide):
+    """To the bit what the pass that only rounds makes of the same rows."""
+    expected = kernels.quantise_rows(wide, FP8)
+    assert torch.equal(rounded[0].view(torch.uint8), expected[0].view(torch.uint8))
+    assert rounded[0].view(torch.uint8).any()
+    assert torch.equal(rounded[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [96, 768, 1536])
+@pytest.mark.parametrize("add", [True, False])
+def test_add_norm_rounds_what_it_writes(kernels, dtype, size, add):
+    x, weight = spread(7, size, dtype=dtype), draw(size)
+    delta = draw(7, size, dtype=dtype) if add else None
+    total, normed, rounded = kernels.add_norm(x, delta, weight, 1e-6, FP8)
+    plain = kernels.add_norm(x, delta, weight, 1e-6)
+    assert torch.equal(total, plain[0]) and torch.equal(normed, plain[1]) and plain[2] is None
+    check_rounded(kernels, rounded, normed)
+    alone = kernels.add_norm(x, delta, weight, 1e-6, FP8, wide=False)
+    assert torch.equal(alone[0], total) and alone[1] is None
+    check_rounded(kernels, alone[2], normed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [48, 2048, 2500, 4096])
+def test_swiglu_rounds_what_it_would_write(kernels, dtype, size):
+    gate_up, grad = spread(5, 2 * size, dtype=dtype), draw(5, size, dtype=dtype)
+    check_rounded(kernels, kernels.swiglu_rounded(gate_up, FP8), kernels.swiglu(gate_up))
+    expected = kernels.swiglu_backward(gate_up.clone(), grad.clone())
+    product, grad_gate_up, rounded = kernels.swiglu_backward(gate_up, grad, FP8)
+    assert torch.equal(product, expected[0]) and torch.equal(grad_gate_up, expected[1])
+    check_rounded(kernels, rounded, grad_gate_up)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,12 +162,20 @@ def test_kernels_repeat_to_the_bit(kernels):
 def test_quantise_rows(kernels, dtype, size):
     x = draw(11, size, dtype=dtype) * torch.logspace(-4, 4, 11, device=DEVICE)[:, None].to(dtype)
     x[3] = 0
-    rounded, scales = kernels.quantise_rows(x, torch.float8_e4m3fn)
+    rounded, scales = kernels.quantise_rows(x, FP8)
     restored = rounded.float() * scales
     largest = x.float().abs().amax(1, keepdim=True)
     # Half a unit in the last of 3 bits, and half the smallest number of the format.
     assert ((restored - x.float()).abs() <= x.float().abs() / 16 + largest / 448 / 1024).all()
     assert not restored[3].any()
-    expected, expected_scales = elementwise.quantise_rows(x.cpu(), torch.float8_e4m3fn)
+    expected, expected_scales = elementwise.quantise_rows(x.cpu(), FP8)
     torch.testing.assert_close(scales.cpu(), expected_scales)
     assert (rounded.cpu().float() != expected.float()).float().mean() < 0.01
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has no 8-bit NaN")
+def test_rounding_keeps_nan(kernels):
+    x = draw(3, 96, dtype=torch.bfloat16)
+    x[1, 5] = float("nan")
+    rounded, scales = kernels.quantise_rows(x, FP8)
+    assert (rounded.float() * scales).isnan().nonzero().tolist() == [[1, 5]]
