@@ -1,8 +1,9 @@
 """What a training step computes between its matrix products, forward and backward.
 
 Each function is written out in plain torch: that is its definition, what a CPU runs, and what the
-Triton kernels of `models/kernels.py`, which CUDA tensors go to, are tested against. All compute in
-float32 (float64 for float64) and return the dtype of the activations. N tokens are the rows.
+Triton kernels of `models/kernels.py` and `models/loss_kernels.py`, which CUDA tensors go to, are
+tested against. All compute in float32 (float64 for float64) and return the dtype of the
+activations. N tokens are the rows.
 
 What a matrix product reads next is returned as `Rows`: where products are in 8 bits the same pass
 that makes the rows rounds them, which would otherwise be a pass of its own.
@@ -130,7 +131,7 @@ def swiglu_backward(
 
 def softmax_statistics(logits: Tensor, targets: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
     """Each target's log-probability (0 where ignored) and log Z, (n,), of `logits` (n, V)."""
-    if kernels := _kernels(logits):
+    if kernels := _kernels(logits, "loss_kernels"):
         return kernels.softmax_statistics(logits, targets, ignored)
     logits = _wide(logits)
     logz = logits.logsumexp(-1)
@@ -151,7 +152,7 @@ def logits_gradient(
 
     It may be written over `logits`.
     """
-    if kernels := _kernels(logits):
+    if kernels := _kernels(logits, "loss_kernels"):
         return kernels.logits_gradient(logits, logz, targets, to_logp, to_logz, dtype, ignored)
     logits = _wide(logits)
     counts = targets != ignored
@@ -159,6 +160,22 @@ def logits_gradient(
     spread = (to_logz - to_logp).where(counts, 0)[:, None]
     is_target = targets[:, None] == torch.arange(logits.shape[-1], device=logits.device)
     return (spread * (logits - logz[:, None]).exp() + to_target.where(is_target, 0)).to(dtype)
+
+
+def cross_entropy_gradient(
+    logits: Tensor, targets: Tensor, z_loss: float, dtype: torch.dtype, ignored: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both numbers of `softmax_statistics`, and the gradient (n, V) of the loss, in `dtype`.
+
+    The loss is -log p(target) + z_loss (log Z)^2. Its gradient may be written over `logits`.
+    """
+    kernels = _kernels(logits, "loss_kernels")
+    if kernels and logits.shape[1] <= kernels.WIDEST_ROW:
+        return kernels.cross_entropy_gradient(logits, targets, z_loss, dtype, ignored)
+    logp, logz = softmax_statistics(logits, targets, ignored)
+    to_logp, to_logz = torch.full_like(logz, -1), 2 * z_loss * logz
+    grad = logits_gradient(logits, logz, targets, to_logp, to_logz, dtype, ignored)
+    return logp, logz, grad
 
 
 def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -188,11 +205,11 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _kernels(x: Tensor) -> ModuleType | None:
+def _kernels(x: Tensor, module: str = "kernels") -> ModuleType | None:
     """The Triton kernels, where `x` is on a GPU."""
-    return _load_kernels() if x.is_cuda else None
+    return _load(module) if x.is_cuda else None
 
 
 @functools.cache
-def _load_kernels() -> ModuleType:
-    return importlib.import_module("models.kernels")
+def _load(module: str) -> ModuleType:
+    return importlib.import_module(f"models.{module}")

@@ -4,7 +4,7 @@ Between the matrix products of a block nothing is left to compute but to move by
 as good as the bytes it does not move: the residual is added where the norm reads it, rotations are
 done in place on the packed projections, the backward pass of SwiGLU also writes the product that
 the next matrix needs, all of it over its inputs, rows that an fp8 product reads are rounded by the
-kernel that makes them, and a row of logits is turned into its gradient where it stands.
+kernel that makes them. The kernels of the loss are in `models/loss_kernels.py`.
 
 Sums over rows (norm weights) go through one partial sum per program, added in a fixed order: no
 atomic operations, so results repeat to the bit. Every kernel has its definition in plain torch in
@@ -26,14 +26,16 @@ def _largest(value, axis: tl.constexpr):
 
 
 @triton.jit
-def _scale_to(limit, largest):
-    return tl.maximum(largest, 1e-12) / limit
+def _scales(largest, limit):
+    """What rounded numbers are multiplied by to restore them, and what numbers are before."""
+    largest = tl.maximum(largest, 1e-12)
+    return largest / limit, limit / largest
 
 
 @triton.jit
-def _store_rounded(out, value, scale, limit, inside):
-    # NaN stays NaN: a minimum and a maximum would make it the limit.
-    scaled = tl.clamp(value.to(tl.float32) / scale, -limit, limit, tl.PropagateNan.ALL)
+def _store_rounded(out, value, inverse, inside):
+    # The largest ends within a rounding of the limit, so nothing is to be cut off; NaN stays NaN.
+    scaled = value.to(tl.float32) * inverse
     tl.store(out, scaled.to(out.dtype.element_ty), mask=inside)
 
 
@@ -46,9 +48,9 @@ def _quantise_rows(
     at = row[:, None] * C + column[None, :]
     inside = (row < rows)[:, None] & (column < C)[None, :]
     value = tl.load(x + at, mask=inside, other=0.0)
-    scale = _scale_to(limit, _largest(value, 1))
+    scale, inverse = _scales(_largest(value, 1), limit)
     tl.store(scales + row, scale, mask=row < rows)
-    _store_rounded(out + at, value, scale[:, None], limit, inside)
+    _store_rounded(out + at, value, inverse[:, None], inside)
 
 
 def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -97,9 +99,9 @@ def _add_norm(
     if WIDE:
         tl.store(normed + at, out, mask=inside)
     if ROUND:
-        scale = _scale_to(limit, _largest(out, 1))
+        scale, inverse = _scales(_largest(out, 1), limit)
         tl.store(scales + row, scale, mask=row < rows)
-        _store_rounded(rounded + at, out, scale[:, None], limit, inside)
+        _store_rounded(rounded + at, out, inverse[:, None], inside)
 
 
 @triton.jit
@@ -225,9 +227,9 @@ def _swiglu(
     up = tl.load(gate_up + row * 2 * F + F + column, mask=inside, other=0.0).to(tl.float32)
     out = (gate * tl.sigmoid(gate) * up).to(gate_up.dtype.element_ty)
     if ROUND:  # the block is the whole row
-        scale = _scale_to(limit, _largest(out, 0))
+        scale, inverse = _scales(_largest(out, 0), limit)
         tl.store(scales + row, scale)
-        _store_rounded(product + row * F + column, out, scale, limit, inside)
+        _store_rounded(product + row * F + column, out, inverse, inside)
     else:
         tl.store(product + row * F + column, out, mask=inside)
 
@@ -253,10 +255,10 @@ def _swiglu_backward(
     tl.store(gate_up + at_up, to_up, mask=inside)
     tl.store(grad_product + row * F + column, (silu * up).to(kind), mask=inside)
     if ROUND:  # the block is half of the row
-        scale = _scale_to(limit, tl.maximum(_largest(to_gate, 0), _largest(to_up, 0)))
+        scale, inverse = _scales(tl.maximum(_largest(to_gate, 0), _largest(to_up, 0)), limit)
         tl.store(scales + row, scale)
-        _store_rounded(rounded + at_gate, to_gate, scale, limit, inside)
-        _store_rounded(rounded + at_up, to_up, scale, limit, inside)
+        _store_rounded(rounded + at_gate, to_gate, inverse, inside)
+        _store_rounded(rounded + at_up, to_up, inverse, inside)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -301,81 +303,6 @@ def swiglu_backward(
 
 def _warps_of_row(block: int) -> int:
     return min(16, max(4, block // 512))  # 16 numbers for each thread
-
-
-# ---------------------------------------------------------------------------------------------
-# Softmax over the vocabulary
-
-
-@triton.jit
-def _softmax_statistics(
-    logits, targets, logp, logz, V: tl.constexpr, BLOCK: tl.constexpr, IGNORED: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, V, BLOCK):
-        at = start + column
-        value = tl.load(logits + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
-        new = tl.maximum(largest, value)
-        # In a lane that has seen nothing yet both are -inf, whose difference is not a number.
-        base = tl.where(new == float("-inf"), 0.0, new)
-        total = total * tl.exp(largest - base) + tl.exp(value - base)
-        largest = new
-    top = tl.max(largest, 0)
-    z = top + tl.log(tl.sum(total * tl.exp(largest - top), 0))
-    target = tl.load(targets + row)
-    counts = target != IGNORED
-    value = tl.load(logits + row * V + tl.where(counts, target, 0)).to(tl.float32)
-    tl.store(logp + row, tl.where(counts, value - z, 0.0))
-    tl.store(logz + row, z)
-
-
-@triton.jit
-def _logits_gradient(
-    logits, out, logz, targets, to_logp, to_logz,
-    V: tl.constexpr, BLOCK: tl.constexpr, IGNORED: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    target = tl.load(targets + row)
-    counts = target != IGNORED
-    picked = tl.where(counts, tl.load(to_logp + row), 0.0)
-    spread = tl.where(counts, tl.load(to_logz + row), 0.0) - picked
-    value = tl.load(logits + row * V + at, mask=at < V, other=0.0).to(tl.float32)
-    grad = spread * tl.exp(value - tl.load(logz + row)) + tl.where(at == target, picked, 0.0)
-    tl.store(out + row * V + at, grad.to(out.dtype.element_ty), mask=at < V)
-
-
-def softmax_statistics(logits: Tensor, targets: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
-    rows, size = logits.shape
-    logp = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    logz = torch.empty_like(logp)
-    block = min(8192, triton.next_power_of_2(size))
-    _softmax_statistics[(rows,)](
-        logits, targets, logp, logz, V=size, BLOCK=block, IGNORED=ignored, num_warps=16
-    )
-    return logp, logz
-
-
-def logits_gradient(
-    logits: Tensor,
-    logz: Tensor,
-    targets: Tensor,
-    to_logp: Tensor,
-    to_logz: Tensor,
-    dtype: torch.dtype,
-    ignored: int,
-) -> Tensor:
-    rows, size = logits.shape
-    out = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
-    block = min(4096, triton.next_power_of_2(size))
-    _logits_gradient[(rows, triton.cdiv(size, block))](
-        logits, out, logz, targets, to_logp, to_logz,
-        V=size, BLOCK=block, IGNORED=ignored, num_warps=8,
-    )  # fmt: skip
-    return out
 
 
 def _multiprocessors(device: torch.device) -> int:

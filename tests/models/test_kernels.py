@@ -131,9 +131,17 @@ def test_swiglu_rounds_what_it_would_write(kernels, dtype, size):
     check_rounded(kernels, rounded, grad_gate_up)
 
 
+@pytest.fixture
+def loss_kernels():
+    from models import loss_kernels
+
+    return loss_kernels
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [37, 20_000])
-def test_softmax_and_its_gradient(kernels, dtype, vocab):
+def test_softmax_and_its_gradient(loss_kernels, dtype, vocab):
+    kernels = loss_kernels
     logits, targets = draw(9, vocab, dtype=dtype) * 5, torch.randint(vocab, (9,), device=DEVICE)
     targets[[0, 5]] = -100
     statistics = kernels.softmax_statistics(logits, targets, -100)
@@ -148,6 +156,24 @@ def test_softmax_and_its_gradient(kernels, dtype, vocab):
         ours = kernels.logits_gradient(logits.clone(), statistics[1], targets, *upstream, out, -100)
         assert ours.dtype == out
         check(ours, expected, out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [37, 20_000])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_loss_with_its_gradient(loss_kernels, dtype, vocab, z_loss):
+    logits, targets = draw(9, vocab, dtype=dtype) * 5, torch.randint(vocab, (9,), device=DEVICE)
+    targets[[0, 5]], targets[1], targets[2] = -100, 0, vocab - 1
+    exact = exactly(
+        elementwise.cross_entropy_gradient, logits, targets, z_loss, torch.float64, -100
+    )
+    for out in DTYPES:
+        given = logits.clone()
+        ours = loss_kernels.cross_entropy_gradient(given, targets, z_loss, out, -100)
+        for x, expected, kind in zip(ours, exact, (*[torch.float32] * 2, out), strict=True):
+            assert x.dtype == kind
+            check(x, expected, kind)
+        assert (ours[2].data_ptr() == given.data_ptr()) == (out == dtype)
 
 
 def test_kernels_repeat_to_the_bit(kernels):
