@@ -57,22 +57,32 @@ def add_norm(
 
 
 def add_norm_backward(
-    total: Tensor, weight: Tensor, grad_normed: Tensor, grad_total: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
+    total: Tensor,
+    weight: Tensor,
+    grad_normed: Tensor,
+    grad_total: Tensor | None,
+    eps: float,
+    rounding: torch.dtype | None = None,
+) -> tuple[Rows, Tensor]:
     """Gradients of `add_norm`: of x and delta alike (N, C), and of the weight (C,) in float32.
 
     Args:
         grad_total: what reaches the stream past the norm; None: nothing.
+        rounding: the 8-bit type to round the rows to as well; None: to none.
     """
     if kernels := _kernels(total):
-        return kernels.add_norm_backward(total, weight, grad_normed, grad_total, eps)
+        grad, to_weight, rounded = kernels.add_norm_backward(
+            total, weight, grad_normed, grad_total, eps, rounding
+        )
+        return Rows(grad, rounded), to_weight
     unit, scale = _unit(total, eps)
     upstream = grad_normed.to(unit.dtype)
     along = upstream * weight
     grad = scale * (along - unit * (along * unit).mean(-1, keepdim=True))
     if grad_total is not None:
         grad = grad + grad_total
-    return grad.to(total.dtype), (upstream * unit).sum(0)
+    grad = grad.to(total.dtype)
+    return Rows(grad, _rounded(grad, rounding)), (upstream * unit).sum(0)
 
 
 def rotate_heads(heads: Tensor, rotation: tuple[Tensor, Tensor], inverse: bool = False) -> None:

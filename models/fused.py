@@ -142,7 +142,7 @@ class _FusedNorm(torch.autograd.Function):
         total, weight = ctx.saved_tensors
         grad = grad.contiguous()
         to_stream, to_weight = elementwise.add_norm_backward(total, weight, grad, None, ctx.eps)
-        return to_stream, to_stream if ctx.has_delta else None, to_weight, None
+        return to_stream.wide, to_stream.wide if ctx.has_delta else None, to_weight, None
 
 
 class _Weights:
@@ -320,7 +320,7 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
 
 def _ffn_backward(
     keep: Keep, w: _Weights, grad_middle: Tensor, grad_out: Tensor, settings: Settings
-) -> tuple[Tensor, ...]:
+) -> tuple[Rows, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the middle of the stream and of ffn_norm, gate, up, down."""
     grad_product = w.down.input_gradient(Rows(grad_out))  # (N, F)
     product, grad_gate_up = elementwise.swiglu_backward(
@@ -336,19 +336,19 @@ def _ffn_backward(
     grad_normed = w.gate_up.input_gradient(grad_gate_up)
     del grad_gate_up
     grad, norm = elementwise.add_norm_backward(
-        keep.middle, w.ffn_norm, grad_normed, grad_middle, settings.eps
+        keep.middle, w.ffn_norm, grad_normed, grad_middle, settings.eps, settings.rounding
     )
     return grad, norm, gate, up, down
 
 
 def _attention_backward(
-    keep: Keep, w: _Weights, grad_middle: Tensor, rotation: Rotation, settings: Settings
+    keep: Keep, w: _Weights, grad_middle: Rows, rotation: Rotation, settings: Settings
 ) -> tuple[Tensor, ...]:
     """Gradients of the block's input and of attention_norm, q, k, v, o."""
     leaves, out = keep.attended
     keep.attended = keep.middle = None
-    o = weight_gradient(grad_middle, out.detach().flatten(0, 1).flatten(1))
-    grad_out = w.o.input_gradient(Rows(grad_middle)).view(out.shape)
+    o = weight_gradient(grad_middle.wide, out.detach().flatten(0, 1).flatten(1))
+    grad_out = w.o.input_gradient(grad_middle).view(out.shape)
     grads = torch.autograd.grad(out, leaves, grad_out)  # (B, T, H, D), twice (B, T, K, D)
     del leaves, out, grad_out
     sizes = [g.shape[2] * g.shape[3] for g in grads]
@@ -361,6 +361,6 @@ def _attention_backward(
     keep.attention_normed = None
     grad_normed = w.qkv.input_gradient(Rows(grad_qkv))
     grad, norm = elementwise.add_norm_backward(
-        keep.x, w.attention_norm, grad_normed, grad_middle, settings.eps
+        keep.x, w.attention_norm, grad_normed, grad_middle.wide, settings.eps
     )
-    return grad, norm, q, k, v, o
+    return grad.wide, norm, q, k, v, o

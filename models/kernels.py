@@ -65,6 +65,10 @@ def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return out, scales
 
 
+def _limit(rounding: torch.dtype | None) -> float:
+    return 0.0 if rounding is None else torch.finfo(rounding).max
+
+
 def _empty_rounded(
     rows: int, size: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -106,8 +110,9 @@ def _add_norm(
 
 @triton.jit
 def _add_norm_backward(
-    total, weight, grad_normed, grad_total, grad, partial, rows, eps,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr,
+    total, weight, grad_normed, grad_total, grad, rounded, scales, partial, rows, eps, limit,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, ADD: tl.constexpr, ROUND: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK_C)
     inside = column < C
@@ -129,7 +134,12 @@ def _add_norm_backward(
         result = scale * (along - unit * (scale * overlap / C))
         if ADD:
             result += tl.load(grad_total + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(grad + at, result.to(grad.dtype.element_ty), mask=inside)
+        result = result.to(grad.dtype.element_ty)
+        tl.store(grad + at, result, mask=inside)
+        if ROUND:
+            scale, inverse = _scales(_largest(result, 0), limit)
+            tl.store(scales + row, scale)
+            _store_rounded(rounded + at, result, inverse, inside)
     tl.store(partial + tl.program_id(0) * C + column, grad_weight, mask=inside)
 
 
@@ -149,7 +159,7 @@ def add_norm(
     per_program = max(1, 4096 // block)
     _add_norm[(triton.cdiv(rows, per_program),)](
         x, x if delta is None else delta, weight, total, normed if wide else x,
-        *(rounded or (x, x)), rows, eps, torch.finfo(rounding or torch.bfloat16).max,
+        *(rounded or (x, x)), rows, eps, _limit(rounding),
         C=size, BLOCK_C=block, ROWS=per_program, ADD=delta is not None,
         WIDE=wide, ROUND=rounded is not None, num_warps=4,
     )  # fmt: skip
@@ -157,21 +167,28 @@ def add_norm(
 
 
 def add_norm_backward(
-    total: Tensor, weight: Tensor, grad_normed: Tensor, grad_total: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
+    total: Tensor,
+    weight: Tensor,
+    grad_normed: Tensor,
+    grad_total: Tensor | None,
+    eps: float,
+    rounding: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     rows, size = total.shape
     block = triton.next_power_of_2(size)
     warps = min(16, max(1, block // 256))  # 8 numbers, 16 bytes of bf16, for each thread
     at_once = 32 // warps * _multiprocessors(total.device)
     programs = min(rows, at_once)
     grad = torch.empty_like(total)
+    rounded = None if rounding is None else _empty_rounded(rows, size, rounding, total.device)
     partial = torch.empty(programs, size, dtype=torch.float32, device=total.device)
     _add_norm_backward[(programs,)](
-        total, weight, grad_normed, total if grad_total is None else grad_total, grad, partial,
-        rows, eps,
-        C=size, BLOCK_C=block, ADD=grad_total is not None, STAGES=3, num_warps=warps,
+        total, weight, grad_normed, total if grad_total is None else grad_total, grad,
+        *(rounded or (grad, grad)), partial, rows, eps, _limit(rounding),
+        C=size, BLOCK_C=block, ADD=grad_total is not None, ROUND=rounded is not None, STAGES=3,
+        num_warps=warps,
     )  # fmt: skip
-    return grad, partial.sum(0)
+    return grad, partial.sum(0), rounded
 
 
 # ---------------------------------------------------------------------------------------------
