@@ -6,6 +6,10 @@ from the numbers themselves, with no history to keep. The weight gradient, which
 and steers training, stays in bf16 with float32 sums, as do attention, norms and the head. Weights
 and optimizer are float32 as ever; nothing in a checkpoint tells that fp8 was used.
 
+Rounding is a pass over the rows unless the kernel that makes them rounds them as well, which those
+of `models/elementwise.py` do. Left to a pass of its own are attention's output and the gradients
+that come from attention and from the block above.
+
 After "rowwise with high-precision weight gradient" of torchao. Left out: one scale for a whole
 tensor, which is faster by a few percent and coarser; scales of blocks.
 """
