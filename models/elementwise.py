@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+WIDEST_ROW = 32_768
+"""Logits that one GPU program holds: 32 for each of 1,024 threads, which have 64 registers each."""
+
 
 @dataclass
 class Rows:
@@ -180,7 +183,7 @@ def cross_entropy_gradient(
     The loss is -log p(target) + z_loss (log Z)^2. Its gradient may be written over `logits`.
     """
     kernels = _kernels(logits, "loss_kernels")
-    if kernels and logits.shape[1] <= kernels.WIDEST_ROW:
+    if kernels and logits.shape[1] <= WIDEST_ROW:
         return kernels.cross_entropy_gradient(logits, targets, z_loss, dtype, ignored)
     logp, logz = softmax_statistics(logits, targets, ignored)
     to_logp, to_logz = torch.full_like(logz, -1), 2 * z_loss * logz
