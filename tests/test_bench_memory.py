@@ -1,11 +1,15 @@
 """The predicted memory of a training step: the allocator's model, and what must fit."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from bench.memory import GIB, MIB, Allocator, predict
 from models.config import ModelConfig
 from utils.config import load_config
+
+SHAPE = Path(__file__).parents[1] / "configs/model/smol_600m.yaml"
 
 
 def test_blocks_are_split_joined_and_taken_where_they_fit_best():
@@ -37,7 +41,7 @@ def test_small_blocks_have_segments_of_their_own():
 @pytest.mark.parametrize(("rows", "memory"), [(48, "balanced"), (32, "fast")])
 def test_600m_in_fp8_fits_80_gb_cards(rows, memory):
     """Measured, a step takes 0.4 to 2.1 GiB more than predicted; 76 GiB are the limit."""
-    config = load_config(ModelConfig, "configs/model/smol_600m.yaml")
+    config = load_config(ModelConfig, SHAPE)
     predicted = predict(config, rows, memory, "fp8", accumulate=memory == "fast")
     assert predicted.peak_reserved < 74 * GIB
     assert predicted.peak_live > 60 * GIB

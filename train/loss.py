@@ -98,6 +98,7 @@ class _CrossEntropy(torch.autograd.Function):
             logits = _product(chunk, weight.T, logits_dtype)  # (n, V)
             if not any(wanted):
                 logp[rows], logz[rows] = softmax_statistics(logits, targets[rows], IGNORE)
+                del logits
                 continue
             logp[rows], logz[rows], grad = cross_entropy_gradient(
                 logits, targets[rows], z_loss, weight.dtype, IGNORE
@@ -139,6 +140,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for rows in _chunks(len(hidden), chunk_tokens):
             logits = _product(hidden[rows].to(weight.dtype), weight.T)  # (n, V)
             logp[rows], logz[rows] = softmax_statistics(logits, targets[rows], IGNORE)
+            del logits
         ctx.save_for_backward(hidden, head_weight, targets, logz)
         ctx.chunk_tokens = chunk_tokens
         return logp, logz.where(targets != IGNORE, 0)
@@ -168,6 +170,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_hidden[rows] = grad @ weight
             if wants_weight:
                 _add_product(grad_weight, grad.T, chunk)
+            del logits, grad
         return grad_hidden, grad_weight, None, None
 
 
