@@ -22,6 +22,7 @@ from data.chat import ChatTemplate
 from data.chat_loader import ChatLoader, Question, choose_questions, held_out_batches
 from data.conversations import ChatDataConfig, Conversations, load_conversations
 from data.packing import Batch
+from data.plain_text import load_plain_text
 from data.streaming import Prefetcher
 from data.tokenizer import Tokenizer
 from models.config import ModelConfig
@@ -86,9 +87,9 @@ def main(argv: list[str]) -> None:
     base = state or setup.load_base(args, BASE_STAGES, config.model)
     tokenizer = Tokenizer.from_state(base["tokenizer"])
     template = ChatTemplate.of(tokenizer)
-    sources = prepare_conversations(config.data, tokenizer, template, dist)
+    sources, texts = prepare_data(config.data, tokenizer, template, dist)
     loader = ChatLoader(
-        sources,
+        [*sources, *texts],
         config.data,
         config.seed,
         rows_per_step=config.train.batch_tokens // config.data.seq_len,
@@ -97,7 +98,10 @@ def main(argv: list[str]) -> None:
         world_size=dist.world_size,
     )
     get_logger().info(str(loader))
-    held_out = held_out_batches(sources, config.data, config.train.micro_batch)
+    rows = config.train.micro_batch
+    held_out = {STAGE: held_out_batches(sources, config.data, rows)}
+    if any(text.held_out.any() for text in texts):
+        held_out["text"] = held_out_batches(texts, config.data, rows)
     known = [s for s in sources if s.source.exact_match]
     asked = choose_questions(sources, config.eval.questions, tokenizer.eos_id)
     examples = choose_questions(known, SHOTS, tokenizer.eos_id, held_out=False)
@@ -141,19 +145,23 @@ def main(argv: list[str]) -> None:
     setup.finish(training, args, run, checkpointer, dist, done)
 
 
-def prepare_conversations(
+def prepare_data(
     data: ChatDataConfig, tokenizer: Tokenizer, template: ChatTemplate, dist: Distributed
-) -> list[Conversations]:
-    """The conversations of every source, tokenized by the first process and read by all."""
-    load = partial(load_conversations, config=data, tokenizer=tokenizer, template=template)
-    sources = [load(source) for source in data.sources] if dist.is_main else []
+) -> tuple[list[Conversations], list[Conversations]]:
+    """Conversations and plain text of every source, tokenized by the first process, read by all."""
+
+    def load() -> tuple[list[Conversations], list[Conversations]]:
+        chats = [load_conversations(s, data, tokenizer, template) for s in data.sources]
+        return chats, [load_plain_text(s, data, tokenizer) for s in data.text_sources]
+
+    loaded = load() if dist.is_main else None
     dist.barrier()
-    return sources or [load(source) for source in data.sources]
+    return loaded or load()
 
 
 def measure(
     training: Training,
-    held_out: list[Batch],
+    held_out: dict[str, list[Batch]],
     asked: list[Question],
     examples: list[Question],
     tokenizer: Tokenizer,
@@ -161,12 +169,15 @@ def measure(
     samples: MetricsLog,
     dist: Distributed,
 ) -> dict[str, float]:
-    """Held-out loss, and what the model answers; before the first step also the base model's
-    exact match when it is shown `examples` instead."""
+    """Held-out loss, of conversations and apart from it of plain text, and what the model answers;
+    before the first step also the base model's exact match when it is shown `examples` instead."""
     model = training.model
-    values = held_out_loss(model, {STAGE: held_out}, {STAGE: 1.0}, cross_entropy_loss, dist)
+    shares = {kind: float(kind == STAGE) for kind in held_out}
+    values = held_out_loss(model, held_out, shares, cross_entropy_loss, dist)
     metrics = {key: values[key] for key in ("val/loss", "val/ppl")}
     metrics["sft/val_loss"] = values["val/loss"]
+    if "text" in held_out:
+        metrics["text_val_loss"] = values["text_val_loss"]
     answered, answers = answer_questions(model, asked, tokenizer, config, dist)
     metrics |= answered
     if training.step == 0 and examples:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 from tqdm import tqdm
 
 from data import builtin_tasks
@@ -47,6 +48,7 @@ from data.records import (
     usable_rows,
 )
 from data.shards import is_held_out
+from data.sources import SourceConfig
 from data.tokenizer import Tokenizer
 from utils.config import Config, ConfigError, Problem
 from utils.logging import get_logger
@@ -80,7 +82,7 @@ class ChatDataConfig(Config):
     seq_len: int = 2_048
     """Tokens per row (T)."""
     max_documents_per_row: int = 32
-    """At most so many conversations in a row: cu_seqlens has a fixed length."""
+    """At most so many conversations in a row, which bounds `cu_seqlens`."""
     too_long: Literal["truncate", "drop"] = "truncate"
     """What happens to conversations that do not fit into a row; either way they are counted."""
     bad_rows: Literal["skip", "fatal"] = "skip"
@@ -90,11 +92,17 @@ class ChatDataConfig(Config):
     held_out_tokens: int = 200_000
     """At most so many held-out tokens are used at an evaluation."""
     expected_tokens: int | None = None
-    """Tokens of an epoch, roughly: read by --dry-run alone, which has no data to count."""
+    """Tokens of an epoch, plain text included, roughly: read by --dry-run alone, which has no data
+    to count."""
+    text_sources: list[SourceConfig] = Field(default_factory=list)
+    """Plain documents, as pretraining reads them, mixed into every epoch: without them a model
+    forgets over the conversations how to write."""
+    text_tokens: int = 0
+    """Tokens of plain text in an epoch, shared out by the weights of `text_sources`."""
 
     def problems(self) -> Iterator[Problem]:
-        names = [s.name for s in self.sources]
-        if not names:
+        names = [s.name for s in [*self.sources, *self.text_sources]]
+        if not self.sources:
             yield Problem(("sources",), "sources is empty: name at least one")
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield Problem(("sources",), f"sources: the name '{name}' is used twice")
@@ -106,6 +114,12 @@ class ChatDataConfig(Config):
             yield Problem(
                 ("held_out_fraction",),
                 f"held_out_fraction ({self.held_out_fraction}) must be between 0 and 0.5",
+            )
+        if (self.text_tokens > 0) != bool(self.text_sources):
+            yield Problem(
+                ("text_tokens", "text_sources"),
+                f"text_tokens ({self.text_tokens}) must be above 0 if there are text_sources, "
+                "and 0 if there are none",
             )
 
 
@@ -123,7 +137,7 @@ class Conversations:
         keys: for each conversation, 32 bits of a hash of its content.
     """
 
-    source: ChatSource
+    source: ChatSource | SourceConfig
     tokens: np.ndarray
     learned: np.ndarray
     ends: np.ndarray

@@ -171,8 +171,10 @@ def test_run_again_all_is_skipped_and_a_changed_config_is_refused(configs, whole
     assert refused.code == 2
     assert "preference.beta: 0.1 -> 7.0" in refused.err
 
-    shutil.copy(runs / "pretrain/pretrain_final.pt", runs / "sft/sft_final.pt")
-    shutil.copy(runs / "pretrain/pretrain_final.pt.sha256", runs / "sft/sft_final.pt.sha256")
+    final = runs / "sft/sft_final.pt"
+    state = checkpoint.load(final)
+    state["model"]["final_norm.weight"] += 1
+    checkpoint.save(final, state)
     refused = forked(configs, runs)
     assert refused.code == 2
     assert f"{runs}/dpo grew from another" in refused.err

@@ -153,6 +153,29 @@ def test_a_run_killed_and_resumed_twice_is_the_uninterrupted_run(
     assert same(tmp_path / "runs", undisturbed)
 
 
+def test_plain_text_is_learned_beside_the_chats_and_a_resume_is_exact(config, base, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    words = ("old mill", "cold river", "long road")
+    rows = [{"text": f"The {words[i % 3]} is {i}. " * 3} for i in range(60)]
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = yaml.safe_load(config.read_text())
+    values["data"]["text_sources"] = [{"name": "text", "path": str(texts), "weight": 1}]
+    values["data"]["text_tokens"] = 1_000
+    config.write_text(yaml.safe_dump(values))
+    assert sft(config, "--base-model", base).code == 0
+    (tmp_path / "runs").rename(tmp_path / "undisturbed")
+    losses = [
+        m["text_val_loss"]
+        for m in numbers(tmp_path / "undisturbed/sft/metrics.jsonl")
+        if "text_val_loss" in m
+    ]
+    assert losses[-1] < 2 < 5 < losses[0]
+    killed = sft(config, "--base-model", base, fault=Fault("train.loop.train_step", 14))
+    assert killed.code == -signal.SIGKILL
+    assert sft(config, "--resume").code == 0
+    assert same(tmp_path / "runs", tmp_path / "undisturbed")
+
+
 def test_a_resumed_run_needs_no_base_model(undisturbed, config, base, tmp_path):
     sft(config, "--base-model", base, fault=Fault("train.loop.train_step", 12))
     base.unlink()
