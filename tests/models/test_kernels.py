@@ -180,6 +180,16 @@ def test_loss_with_its_gradient(loss_kernels, dtype, vocab, z_loss, ignored):
         assert (ours[2].data_ptr() == given.data_ptr()) == (out == dtype)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the choice is made by the device")
+@pytest.mark.parametrize("vocab", [elementwise.WIDEST_ROW, elementwise.WIDEST_ROW + 8])
+def test_rows_of_any_width_have_a_loss(vocab):
+    logits, targets = draw(3, vocab) * 5, torch.randint(vocab, (3,), device=DEVICE)
+    exact = exactly(elementwise.cross_entropy_gradient, logits, targets, 0.1, torch.float64, -100)
+    ours = elementwise.cross_entropy_gradient(logits, targets, 0.1, torch.float32, -100)
+    for x, expected in zip(ours, exact, strict=True):
+        check(x, expected, torch.float32)
+
+
 def test_kernels_repeat_to_the_bit(kernels):
     total, weight, grad = draw(500, 96), draw(96), draw(500, 96)
     runs = [kernels.add_norm_backward(total, weight, grad, None, 1e-6)[1] for _ in range(3)]
