@@ -2,8 +2,9 @@
 
 MFU is the FLOPs the model needs (PaLM's count: no recomputation) over the device's dense bf16 peak,
 whatever the run computes in; a device that is not in the table has none until the config gives one.
-Throughput and MFU count training time alone, so that a slow evaluation does not look like a slow
-step; dollars count all the time that the machine is held.
+Throughput and MFU are those of training: steps, saves and waiting for data count, evaluations do
+not, nor does the first step of a process, which compiles kernels and waits for the first shard.
+Dollars and the time left count all the time that the machine is held.
 
 Left out: spot prices, storage and traffic.
 """
@@ -120,15 +121,18 @@ class CostTracker:
         return cls(usd and usd * world_size, peak and peak * world_size)
 
     def update(self, tokens: int, flops: int) -> None:
-        """Count a step."""
+        """Count a step; throughput counts from the end of the first one on."""
         self.tokens += tokens
         self._steps_here += 1
+        if self._steps_here == 1:
+            self._window_started = self._clock()
+            return
         self._window_tokens += tokens
         self._window_flops += flops
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Keep the time inside (an evaluation, a save) out of throughput and MFU."""
+        """Keep the time inside, an evaluation, out of throughput and MFU."""
         began = self._clock()
         try:
             yield
