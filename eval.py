@@ -65,7 +65,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--precision",
         choices=("auto", *setup.PRECISIONS),
         default="auto",
-        help="auto: bf16 on a GPU",
+        help="auto: bf16 where a GPU has it",
     )
     add("--seed", type=int, default=0, help="of sampled answers; benchmarks are mostly greedy")
     add("--out", type=Path, metavar="FILE", help="the record, instead of eval.json")

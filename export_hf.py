@@ -4,8 +4,9 @@
     python export_hf.py --checkpoint FILE --out DIR --dtype bfloat16
 
 The folder is a `SmolLM3ForCausalLM`: weights (safetensors), config, tokenizer, chat template,
-generation config and a model card. Before it gets its name it is loaded as a user would, and its
-logits and tokens are compared with the checkpoint's; where they differ nothing is left behind.
+generation config and a model card that says how to use it with transformers, vLLM and llama.cpp.
+Before it gets its name it is loaded as a user would, and its logits and tokens are compared with
+the checkpoint's; where they differ nothing is left behind.
 
 SmolLM3 does not multiply the embedding's output by sqrt(d_model), but its embedding and head can
 stay tied: the stream may shrink by that factor as long as everything added to it does too
@@ -36,6 +37,7 @@ from models.config import ModelConfig
 from models.transformer import Transformer
 from utils import checkpoint
 from utils.config import ConfigError, run_script, validate
+from utils.llama_cpp import sentencepiece_model
 from utils.model_card import model_card
 
 if TYPE_CHECKING:
@@ -139,6 +141,16 @@ def write(folder: Path, state: dict[str, Any], dtype: torch.dtype) -> None:
     # rotate by SmolLM3's own theta, and find no tokenizer class.
     add_keys(folder / "config.json", rope_theta=config.rope_theta)
     add_keys(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    add_llama_cpp_files(folder, tokenizer)
+
+
+def add_llama_cpp_files(folder: Path, tokenizer: Tokenizer) -> None:
+    """What llama.cpp's converter does not find in a tokenizer.json; transformers ignores it."""
+    model = sentencepiece_model(json.loads(tokenizer.state_dict()["json"]), tokenizer.roles)
+    if model:
+        (folder / "tokenizer.model").write_bytes(model)
+    if not tokenizer.add_bos:  # it would put one before a text of a SentencePiece vocabulary
+        add_keys(folder / "tokenizer_config.json", add_bos_token=False)
 
 
 def add_keys(path: Path, **values: float | str) -> None:

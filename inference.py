@@ -40,12 +40,12 @@ from models.config import ModelConfig
 from models.generate import DEFAULT_SLOTS, Completion, Engine, Request, StopWhen
 from models.sampling import Sampling
 from models.transformer import Transformer
+from train.runtime import PRECISIONS, choose_precision
 from utils import checkpoint
 from utils.config import ConfigError, run_script, validate
 from utils.speed import Speed
 from utils.terminal import LineInput, interruptible, notice, show
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 USAGE = "%(prog)s --checkpoint FILE (--prompt TEXT | --interactive | --prompts-file FILE) [flags]"
 HELP = """\
 /system TEXT  tell the model how to behave; without a text, nothing any more
@@ -103,7 +103,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--repetition-penalty", type=float, default=1.0, help="1: none")
     add("--seed", type=_whole(0), default=0)
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 on a GPU")
+    add(
+        "--dtype",
+        choices=["auto", *PRECISIONS],
+        default="auto",
+        help="auto: bf16 where a GPU has it",
+    )
     add("--stats", action="store_true", help="speed and token counts, on stderr")
     args = parser.parse_args(argv)
     if args.out and not args.prompts_file:
@@ -144,15 +149,17 @@ def load(
         raise ConfigError("--device cuda: torch finds no GPU here; leave it out, or give cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "bf16" if device == "cuda" else "fp32"
+    try:
+        dtype, _ = choose_precision(dtype, torch.device(device))
+    except ValueError as error:
+        raise ConfigError(f"--dtype: {error}") from error
     state = checkpoint.load(path)
     if state["stage"] == "verifier":
         raise ConfigError(
             f"--checkpoint {path} is a verifier, which scores answers and writes none: "
             "give the checkpoint of another stage"
         )
-    model = Transformer(validate(ModelConfig, state["model_config"], path), DTYPES[dtype])
+    model = Transformer(validate(ModelConfig, state["model_config"], path), PRECISIONS[dtype])
     model.load_state_dict(state["model"])
     template = state["chat_template"] and ChatTemplate.from_state(state["chat_template"])
     return model.to(device).eval(), Tokenizer.from_state(state["tokenizer"]), template

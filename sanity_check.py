@@ -27,8 +27,8 @@ from models.config import GIB, ModelConfig
 from models.transformer import Transformer
 from optim.optimizer import OptimConfig
 from train import sanity, sanity_run
+from train.runtime import PRECISIONS, RuntimeConfig, choose_precision
 from train.sanity import MODEL_FILES, Result, perform
-from train.setup import PRECISIONS, RuntimeConfig
 from utils import checkpoint
 from utils.config import Config, ConfigError, load_config, load_yaml, run_script, validate
 
@@ -149,9 +149,11 @@ def machine_checks(config: Any) -> Iterator[Check]:
             shape = own
         else:
             print(f"      the config's model needs {needed:.1f} GiB: checking smol_tiny instead")
-    on_gpu = device.type == "cuda"
-    name = runtime.precision if runtime.precision != "auto" else ("bf16" if on_gpu else "fp32")
-    dtype = PRECISIONS.get(name, torch.bfloat16)
+    try:
+        name, _ = choose_precision(runtime.precision, device)
+    except ValueError as error:
+        raise ConfigError(f"runtime.precision: {error}") from error
+    dtype = PRECISIONS[name]
     kernel = runtime.attention
     yield "attention kernels", sanity.check_attention, kernel, device, dtype, shape.head_dim
     yield "parameter counts", sanity.check_parameter_counts, own

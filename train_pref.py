@@ -45,11 +45,11 @@ from train.pairs import (
     preference_loss,
     score_statistics,
     verifier_loss,
-    weights_fingerprint,
 )
 from train.preference import PreferenceConfig, chosen_fall
 from train.runtime import RuntimeConfig, build_model, start_devices
 from train.setup import EpochTrainConfig
+from utils.checkpoint import weights_fingerprint
 from utils.config import (
     CommandLine,
     Config,

@@ -9,7 +9,7 @@
 
 Any key of the config can be given as key=value: policy.advantage=normalised rollout.prompts=128.
 With --verifier-model PATH a trained verifier scores the answers as well (reward.model_weight) or
-alone (reward.rule_weight=0); --resume needs it again.
+alone (reward.rule_weight=0); --resume needs the same one again.
 
 What it learns is group-relative policy optimisation: the clipped policy loss of `train/policy.py`
 on the completions that `train/rollout.py` samples and `train/rewards.py` scores.
@@ -32,12 +32,12 @@ from train import setup
 from train.evals import PassConfig, held_out_pass
 from train.judge import Judge
 from train.loop import LoopConfig, Training, fit
-from train.pairs import weights_fingerprint
 from train.policy import PolicyConfig
 from train.reward_model import load_reward_model
 from train.rewards import RewardConfig, check_answer
 from train.rollout import RolloutConfig, RolloutLoader, make_engine, policy_objective
 from train.setup import RuntimeConfig
+from utils.checkpoint import weights_fingerprint
 from utils.config import (
     CommandLine,
     Config,
@@ -140,7 +140,7 @@ def main(argv: list[str]) -> None:
     reference = None
     if config.policy.kl_weight:
         reference = setup.load_reference(args, BASE_STAGES, config, fingerprint, dist)
-    judge = make_judge(args, config, prompts, tokenizer, model)
+    judge, verifier = make_judge(args, config, prompts, tokenizer, model, state)
     engine = make_engine(
         model,
         config.rollout,
@@ -175,6 +175,7 @@ def main(argv: list[str]) -> None:
             "chat_template": template.state_dict(),
             "config": plain(config),
             "reference": fingerprint,
+            "verifier": verifier,
         },
         measures=loader.measures,
     )
@@ -208,21 +209,30 @@ def make_judge(
     prompts: Prompts,
     tokenizer: Tokenizer,
     model: Transformer,
-) -> Judge:
-    """The verifiers by rule and the one given as a model.
+    state: dict | None,
+) -> tuple[Judge, str | None]:
+    """The verifiers by rule and the one given as a model, and that one's fingerprint.
 
     Raises:
-        ConfigError: the weights and --verifier-model do not fit, or a verifier cannot run here.
+        ConfigError: the weights and --verifier-model do not fit, a verifier cannot run here, or a
+            resumed run began with another model.
     """
     if bool(args.verifier_model) != bool(config.reward.model_weight):
         raise ConfigError(
             f"reward.model_weight ({config.reward.model_weight}) and --verifier-model "
             f"({args.verifier_model}) go together: give both or neither"
         )
-    score = None
-    if args.verifier_model:
-        score = load_reward_model(args.verifier_model, config.reward, model.device, model.dtype)
-    return Judge(config.reward, tokenizer, prompts.verifiers, score)
+    if not args.verifier_model:
+        return Judge(config.reward, tokenizer, prompts.verifiers), None
+    loaded = load_reward_model(args.verifier_model, config.reward, model.device, model.dtype)
+    began = (state or {}).get("verifier") or loaded.fingerprint  # older checkpoints do not say
+    if loaded.fingerprint != began:
+        raise ConfigError(
+            f"--verifier-model {args.verifier_model} (fingerprint {loaded.fingerprint}) is not the "
+            f"model that this run began with ({began}), and what is rewarded must stay the same: "
+            "give that one, or start another run"
+        )
+    return Judge(config.reward, tokenizer, prompts.verifiers, loaded.score), loaded.fingerprint
 
 
 def measure(

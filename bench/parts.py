@@ -20,6 +20,7 @@ from triton.testing import do_bench
 
 from models import elementwise, fp8
 from models.config import ModelConfig
+from models.elementwise import Rows
 from models.layers import rotary_angles
 from models.products import weight_gradient
 from utils.config import load_config
@@ -89,10 +90,36 @@ def elementwise_parts(config: ModelConfig, tokens: int) -> None:
         lambda: elementwise.swiglu_backward(gate_up, product),
         (gate_up, product, product, gate_up),
     )
+    rounding_parts(x, delta, weight, eps, gate_up, product)
+
+
+def rounding_parts(
+    x: Tensor, delta: Tensor, weight: Tensor, eps: float, gate_up: Tensor, product: Tensor
+) -> None:
+    """The same with rows rounded to fp8 on the way, and what rounding alone takes."""
+
+    def room(t: Tensor) -> Tensor:
+        return torch.empty(t.shape, dtype=fp8.FORMAT, device="cuda")
+
+    for name, t in (("x", x), ("product", product), ("gate_up", gate_up)):
+        time_of(f"round {name}", lambda t=t: elementwise.quantise_rows(t, fp8.FORMAT), (t, room(t)))
     time_of(
-        "quantise x",
-        lambda: elementwise.quantise_rows(x, fp8.FORMAT),
-        (x, torch.empty(x.shape, dtype=fp8.FORMAT, device="cuda")),
+        "add_norm, fp8",
+        lambda: elementwise.add_norm(x, delta, weight, eps, fp8.FORMAT, wide=False),
+        (x, delta, x, room(x)),
+    )
+    time_of(
+        "add_norm, bf16 and fp8",
+        lambda: elementwise.add_norm(x, delta, weight, eps, fp8.FORMAT),
+        (x, delta, x, x, room(x)),
+    )
+    time_of(
+        "swiglu, fp8", lambda: elementwise.swiglu(gate_up, fp8.FORMAT), (gate_up, room(product))
+    )
+    time_of(
+        "swiglu backward, bf16 and fp8",
+        lambda: elementwise.swiglu_backward(gate_up, product, fp8.FORMAT),
+        (gate_up, product, product, gate_up, room(gate_up)),
     )
 
 
@@ -130,6 +157,16 @@ def head_parts(config: ModelConfig, tokens: int) -> None:
             ),
             (logits, grad) if dtype == torch.float32 else (logits, logits, logits, grad),
         )  # fmt: skip
+    for dtype in (torch.bfloat16, torch.float32):
+        logits = draw(n, vocab, dtype=dtype)
+        kind = "bf16" if dtype == torch.bfloat16 else "fp32"
+        time_of(
+            f"loss and logits gradient in one, {kind} -> bf16",
+            lambda x=logits: elementwise.cross_entropy_gradient(
+                x, targets, 0.0, torch.bfloat16, -100
+            ),
+            (logits, grad),
+        )
     time_of("head, input gradient", lambda: grad @ weight, flops=flops)
     time_of("head, weight gradient", lambda: weight_gradient(grad, hidden), flops=flops)
     time_of(
@@ -177,8 +214,10 @@ def fp8_products(name: str, x: Tensor, grad: Tensor, weight: Tensor, flops: int)
     time_of(f"{name}, fp8 rows, product alone", lambda: scaled(True, True), flops=flops)
     time_of(f"{name}, fp8 rows, slow sums", lambda: scaled(True, False), flops=flops)
     time_of(f"{name}, fp8 one scale, product alone", lambda: scaled(False, True), flops=flops)
-    time_of(f"{name}, fp8 forward with rounding", lambda: matrix.apply(x), flops=flops)
-    time_of(f"{name}, fp8 input gradient", lambda: matrix.input_gradient(grad), flops=flops)
+    time_of(f"{name}, fp8 forward with rounding", lambda: matrix.apply(Rows(x)), flops=flops)
+    rounded = Rows(None, (a, a_scales))
+    time_of(f"{name}, fp8 forward, rows rounded", lambda: matrix.apply(rounded), flops=flops)
+    time_of(f"{name}, fp8 input gradient", lambda: matrix.input_gradient(Rows(grad)), flops=flops)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ A variant is what runs the blocks, and settings of it, joined by +:
     fused                       models/fused.py, with fast, balanced or low; with fp8
     hf                          transformers' SmolLM3, torch.compile; with liger, eager
     bf16logits                  the head's logits in bf16
+    apart                       rounding to fp8 and the gradient of the loss in passes of their own
     padded                      cu_seqlens with room for 33 documents a row, most of them empty
     twopass                     the loss from token_logprobs, which multiplies by the head twice
 
@@ -36,7 +37,9 @@ import torch
 from torch import Tensor
 
 from data.packing import IGNORE, Batch, RowPacker, cut_document, make_batch
+from models import elementwise, fused, products
 from models.config import GIB, ModelConfig
+from models.elementwise import WIDEST_ROW
 from models.transformer import Transformer
 from train.loss import cross_entropy_loss, token_logprobs
 from utils.config import load_config
@@ -202,6 +205,7 @@ def build(
         model.fuse_blocks(memory, "fp8" if "fp8" in settings else "bf16")
     elif how != "plain":
         raise ValueError(f"no variant '{how}'")
+    set_apart("apart" in settings)
     logits = None if "bf16logits" in settings else torch.float32
 
     def loss(batch: Batch) -> Tensor:
@@ -211,6 +215,12 @@ def build(
         return cross_entropy_loss(model, batch, logits_dtype=logits)[0]
 
     return model, loss
+
+
+def set_apart(apart: bool) -> None:
+    """Undoes, for comparison, what one kernel does where there used to be two."""
+    fused.rounding_of = (lambda matmul: None) if apart else products.rounding_of
+    elementwise.WIDEST_ROW = 0 if apart else WIDEST_ROW
 
 
 def measure(

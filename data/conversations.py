@@ -82,7 +82,7 @@ class ChatDataConfig(Config):
     seq_len: int = 2_048
     """Tokens per row (T)."""
     max_documents_per_row: int = 32
-    """At most so many conversations in a row: cu_seqlens has a fixed length."""
+    """At most so many conversations in a row, which bounds `cu_seqlens`."""
     too_long: Literal["truncate", "drop"] = "truncate"
     """What happens to conversations that do not fit into a row; either way they are counted."""
     bad_rows: Literal["skip", "fatal"] = "skip"

@@ -5,8 +5,8 @@
     seq_ids     0        1        2        3            2 x place + side, on the answers' targets
 
 A pair stands in one row, so it is in one micro-batch and rows are planned from the pairs' lengths.
-Every row has room for `max_pairs_per_row` pairs, used or not: all shapes are fixed, and P is the
-rows of a micro-batch times that.
+Every row has room for `max_pairs_per_row` pairs, used or not: all shapes but that of `cu_seqlens`
+are fixed, and P is the rows of a micro-batch times that.
 
 Left out: one copy of the prompt for both answers. It would save the prompt's second pass, but needs
 positions and a mask that the attention kernels for packed documents do not have.

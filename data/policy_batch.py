@@ -3,7 +3,8 @@
     row   [ prompt completion ][ prompt completion ] pad      a document for each completion
 
 Nothing is learned from a prompt. A completion stands whole in one row, and its last token is a
-target but not an input, since nothing follows it. All shapes are fixed, whatever was sampled.
+target but not an input, since nothing follows it. All shapes but that of `cu_seqlens` are fixed,
+whatever was sampled.
 
 Left out: one copy of the prompt for all completions of a group, which would need a mask that the
 attention kernels for packed documents do not have.

@@ -73,7 +73,7 @@ class PairDataConfig(Config):
     seq_len: int = 2_048
     """Tokens per row (T); a pair, its prompt twice, stands in one row."""
     max_pairs_per_row: int = 16
-    """At most so many pairs in a row: cu_seqlens has a fixed length."""
+    """At most so many pairs in a row; the batch has room for as many in each."""
     too_long: Literal["truncate", "drop"] = "drop"
     """What happens to pairs that do not fit into a row; either way they are counted. truncate: the
     longer answer loses its end, until both have half a row."""

@@ -56,7 +56,7 @@ class DataConfig(Config):
     seq_len: int = 2_048
     """Tokens per row (T)."""
     max_documents_per_row: int = 32
-    """A row with this many documents is closed early: cu_seqlens has a fixed length."""
+    """A row with this many documents is closed early, which bounds `cu_seqlens`."""
     shard_megabytes: float = 8.0
     """Text per token shard; also the window within which documents are shuffled."""
     held_out_fraction: float = 0.005

@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -225,6 +226,10 @@ def _fa4(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask) -> Tensor:
 
 # flash-attn-4 is an autograd function around kernels that are compiled as they are called, which
 # torch.compile can neither trace nor keep in one graph. As operators of ours they are opaque to it.
+
+# Each kernel's compilation warns, in 600 characters, that the type of one argument, empty here, is
+# unknown to the compiler. Only flash-attn-4's authors can act on it.
+warnings.filterwarnings("ignore", "Argument aux_data ", UserWarning, r"cutlass\.base_dsl\.")
 
 
 @torch.library.custom_op("smol::fa4_forward", mutates_args=(), device_types="cuda")

@@ -6,6 +6,10 @@ from the numbers themselves, with no history to keep. The weight gradient, which
 and steers training, stays in bf16 with float32 sums, as do attention, norms and the head. Weights
 and optimizer are float32 as ever; nothing in a checkpoint tells that fp8 was used.
 
+Rounding is a pass over the rows unless the kernel that makes them rounds them as well, which those
+of `models/elementwise.py` do. Left to a pass of its own are attention's output and the gradients
+that come from attention and from the block above.
+
 After "rowwise with high-precision weight gradient" of torchao. Left out: one scale for a whole
 tensor, which is faster by a few percent and coarser; scales of blocks.
 """
@@ -15,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.elementwise import quantise_rows
+from models.elementwise import Rows, quantise_rows
 
 FORMAT = torch.float8_e4m3fn
 MULTIPLE = 16  # of every dimension, for the tensor cores
@@ -47,26 +51,27 @@ class Fp8Matrix:
 
     weight: Tensor
 
-    def apply(self, x: Tensor) -> Tensor:
+    def apply(self, x: Rows) -> Tensor:
         """x (N, inputs) -> (N, outputs)."""
         return _product(x, self.weight)
 
-    def input_gradient(self, grad: Tensor) -> Tensor:
+    def input_gradient(self, grad: Rows) -> Tensor:
         """Gradient (N, inputs) of x from that of the result (N, outputs)."""
         return _product(grad, self.weight.T.contiguous())
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a (n, k) times b (m, k) transposed, both rounded, in the dtype of `a`."""
-    (left, left_scales), (right, right_scales) = quantise_rows(a, FORMAT), quantise_rows(b, FORMAT)
-    if not a.is_cuda:
+def _product(a: Rows, b: Tensor) -> Tensor:
+    """a (n, k) times b (m, k) transposed, both rounded, in the dtype of `b`."""
+    left, left_scales = a.rounded or quantise_rows(a.wide, FORMAT)
+    right, right_scales = quantise_rows(b, FORMAT)
+    if not b.is_cuda:
         exact = (left.float() @ right.float().T) * left_scales * right_scales.T
-        return exact.to(a.dtype)
+        return exact.to(b.dtype)
     return torch._scaled_mm(
         left,
         right.T,
         scale_a=left_scales,
         scale_b=right_scales.T,
-        out_dtype=a.dtype,
+        out_dtype=b.dtype,
         use_fast_accum=True,
     )

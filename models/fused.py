@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from models import elementwise
 from models.attention import DocumentMask, attention
+from models.elementwise import Rows
 from models.fp8 import Fp8Matrix
 from models.layers import Rotation
-from models.products import Matrix, pack, weight_gradient
+from models.products import Matrix, pack, rounding_of, weight_gradient
 
 MEMORY = ("fast", "balanced", "low")
 """What a block keeps for its backward pass, in tokens x d_model (f = d_ffn / d_model):
@@ -50,17 +51,22 @@ class Settings:
     memory: str
     matmul: str
 
+    @property
+    def rounding(self) -> torch.dtype | None:
+        """The 8-bit type in which products read activations, if they do."""
+        return rounding_of(self.matmul)
+
 
 @dataclass
 class Keep:
     """What the backward pass works from; None is computed again there."""
 
     x: Tensor  # (N, C), the stream that the attention layer reads
+    attention_normed: Rows | None = None  # (N, C)
     attended: tuple[tuple[Tensor, Tensor, Tensor], Tensor] | None = None  # (q, k, v) and output
     middle: Tensor | None = None  # (N, C), the stream that the feed-forward layer reads
+    ffn_normed: Rows | None = None  # (N, C)
     gate_up: Tensor | None = None  # (N, 2F)
-    attention_normed: Tensor | None = None  # (N, C)
-    ffn_normed: Tensor | None = None  # (N, C)
 
 
 Pair = tuple[Tensor, Tensor | None]
@@ -129,14 +135,14 @@ class _FusedNorm(torch.autograd.Function):
         total, normed = elementwise.add_norm(x, delta, weight, eps)
         ctx.save_for_backward(total, weight)
         ctx.eps, ctx.has_delta = eps, delta is not None
-        return normed
+        return normed.wide
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         total, weight = ctx.saved_tensors
         grad = grad.contiguous()
         to_stream, to_weight = elementwise.add_norm_backward(total, weight, grad, None, ctx.eps)
-        return to_stream, to_stream if ctx.has_delta else None, to_weight, None
+        return to_stream.wide, to_stream.wide if ctx.has_delta else None, to_weight, None
 
 
 class _Weights:
@@ -179,10 +185,10 @@ class _FusedBlock(torch.autograd.Function):
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
         w = _Weights(weights, x.dtype, settings.matmul)
-        x, normed = elementwise.add_norm(x, delta, w.attention_norm, settings.eps)
-        keep = Keep(x.detach(), attention_normed=normed)
-        _compute(keep, w, rotation, mask, settings)
-        out = w.down.apply(elementwise.swiglu(keep.gate_up))
+        norms = keep_any and settings.memory == "fast"
+        keep = Keep(*_norm(x.detach(), delta, w.attention_norm, settings, wide=norms))
+        _compute(keep, w, rotation, mask, settings, norms)
+        out = w.down.apply(elementwise.swiglu(keep.gate_up, settings.rounding))
         middle = keep.middle
         if keep_any:
             # An alias, because a function that holds its own output is never freed.
@@ -199,7 +205,7 @@ class _FusedBlock(torch.autograd.Function):
         ctx.keep = None  # memory is free as soon as it is used
         w = _Weights(weights, grad_out.dtype, settings.matmul)
         with torch.no_grad():
-            _compute(keep, w, rotation, mask, settings)
+            _compute(keep, w, rotation, mask, settings, norms=True)
             grad, *ffn = _ffn_backward(keep, w, grad_middle, grad_out, settings)
             grad, *attn = _attention_backward(keep, w, grad, rotation, settings)
         attention_norm, q, k, v, o = attn
@@ -218,26 +224,59 @@ def _reduced(keep: Keep, memory: str) -> Keep:
 
 
 def _compute(
-    keep: Keep, w: _Weights, rotation: Rotation, mask: DocumentMask, settings: Settings
+    keep: Keep,
+    w: _Weights,
+    rotation: Rotation,
+    mask: DocumentMask,
+    settings: Settings,
+    norms: bool,
 ) -> None:
-    """Fills in what is missing, up to the gate and up projections."""
+    """Fills in what is missing, up to the gate and up projections.
+
+    Args:
+        norms: whether the norms' outputs, where they come by, stay for the weights' gradients.
+    """
     if keep.attended is None:
         if keep.attention_normed is None:
-            keep.attention_normed = _norm(keep.x, w.attention_norm, settings)
+            _, keep.attention_normed = _norm(keep.x, None, w.attention_norm, settings)
         keep.attended = _attend(keep.attention_normed, w, rotation, mask, settings)
+        keep.attention_normed = _read(keep.attention_normed, norms)
     if keep.middle is None:
-        delta = w.o.apply(keep.attended[1].detach().flatten(0, 1).flatten(1))
-        keep.middle, keep.ffn_normed = elementwise.add_norm(keep.x, delta, w.ffn_norm, settings.eps)
-    if keep.gate_up is None:
-        keep.gate_up = w.gate_up.apply(keep.ffn_normed)
+        delta = w.o.apply(Rows(keep.attended[1].detach().flatten(0, 1).flatten(1)))
+        again = keep.gate_up is not None
+        keep.middle, keep.ffn_normed = _norm(
+            keep.x, delta, w.ffn_norm, settings, multiplied=not again, wide=norms
+        )
+        if not again:
+            keep.gate_up = w.gate_up.apply(keep.ffn_normed)
+        keep.ffn_normed = _read(keep.ffn_normed, norms)
 
 
-def _norm(x: Tensor, weight: Tensor, settings: Settings) -> Tensor:
-    return elementwise.add_norm(x, None, weight, settings.eps)[1]
+def _read(rows: Rows, wide: bool) -> Rows | None:
+    """What is left of rows once the product has read them."""
+    return Rows(rows.wide) if wide else None
+
+
+def _norm(
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    settings: Settings,
+    multiplied: bool = True,
+    wide: bool = True,
+) -> tuple[Tensor, Rows]:
+    """`elementwise.add_norm` in the forms that are needed.
+
+    Args:
+        multiplied: whether a product in the settings' precision reads the norm's output.
+        wide: whether a weight's gradient will.
+    """
+    rounding = settings.rounding if multiplied else None
+    return elementwise.add_norm(x, delta, weight, settings.eps, rounding, wide or rounding is None)
 
 
 def _attend(
-    normed: Tensor, w: _Weights, rotation: Rotation, mask: DocumentMask, settings: Settings
+    normed: Rows, w: _Weights, rotation: Rotation, mask: DocumentMask, settings: Settings
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """Queries, keys and values (B, T, heads, D) as leaves of a graph, and attention's output."""
     qkv = w.qkv.apply(normed)  # (N, (H + 2 K) D)
@@ -281,30 +320,34 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
 
 def _ffn_backward(
     keep: Keep, w: _Weights, grad_middle: Tensor, grad_out: Tensor, settings: Settings
-) -> tuple[Tensor, ...]:
+) -> tuple[Rows, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the middle of the stream and of ffn_norm, gate, up, down."""
-    grad_product = w.down.input_gradient(grad_out)  # (N, F)
-    product, grad_gate_up = elementwise.swiglu_backward(keep.gate_up, grad_product)
+    grad_product = w.down.input_gradient(Rows(grad_out))  # (N, F)
+    product, grad_gate_up = elementwise.swiglu_backward(
+        keep.gate_up, grad_product, settings.rounding
+    )
     keep.gate_up = None
     down = weight_gradient(grad_out, product)
     del product, grad_product
-    gate, up = weight_gradient(grad_gate_up, keep.ffn_normed).chunk(2)
+    gate, up = weight_gradient(grad_gate_up.wide, keep.ffn_normed.wide).chunk(2)
     keep.ffn_normed = None
+    if grad_gate_up.rounded:  # the widest tensor of all, and nothing reads it any more
+        grad_gate_up.wide = None
     grad_normed = w.gate_up.input_gradient(grad_gate_up)
     del grad_gate_up
     grad, norm = elementwise.add_norm_backward(
-        keep.middle, w.ffn_norm, grad_normed, grad_middle, settings.eps
+        keep.middle, w.ffn_norm, grad_normed, grad_middle, settings.eps, settings.rounding
     )
     return grad, norm, gate, up, down
 
 
 def _attention_backward(
-    keep: Keep, w: _Weights, grad_middle: Tensor, rotation: Rotation, settings: Settings
+    keep: Keep, w: _Weights, grad_middle: Rows, rotation: Rotation, settings: Settings
 ) -> tuple[Tensor, ...]:
     """Gradients of the block's input and of attention_norm, q, k, v, o."""
     leaves, out = keep.attended
     keep.attended = keep.middle = None
-    o = weight_gradient(grad_middle, out.detach().flatten(0, 1).flatten(1))
+    o = weight_gradient(grad_middle.wide, out.detach().flatten(0, 1).flatten(1))
     grad_out = w.o.input_gradient(grad_middle).view(out.shape)
     grads = torch.autograd.grad(out, leaves, grad_out)  # (B, T, H, D), twice (B, T, K, D)
     del leaves, out, grad_out
@@ -312,13 +355,12 @@ def _attention_backward(
     grad_qkv = _side_by_side([g.flatten(0, 1) for g in grads])
     del grads
     _rotate(grad_qkv, rotation, settings, inverse=True)
-    normed = keep.attention_normed
-    if normed is None:
-        normed = _norm(keep.x, w.attention_norm, settings)
-    q, k, v = weight_gradient(grad_qkv, normed).split(sizes)
-    del normed
-    grad_normed = w.qkv.input_gradient(grad_qkv)
+    if keep.attention_normed is None:
+        _, keep.attention_normed = _norm(keep.x, None, w.attention_norm, settings, multiplied=False)
+    q, k, v = weight_gradient(grad_qkv, keep.attention_normed.wide).split(sizes)
+    keep.attention_normed = None
+    grad_normed = w.qkv.input_gradient(Rows(grad_qkv))
     grad, norm = elementwise.add_norm_backward(
-        keep.x, w.attention_norm, grad_normed, grad_middle, settings.eps
+        keep.x, w.attention_norm, grad_normed, grad_middle.wide, settings.eps
     )
-    return grad, norm, q, k, v, o
+    return grad.wide, norm, q, k, v, o

@@ -11,9 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.fp8 import Fp8Matrix
+from models.elementwise import Rows
+from models.fp8 import FORMAT, Fp8Matrix
 
 MATMUL = ("bf16", "fp8")
+
+
+def rounding_of(matmul: str) -> torch.dtype | None:
+    """The 8-bit type that products of this kind read, if they do."""
+    return FORMAT if matmul == "fp8" else None
 
 
 @dataclass
@@ -22,13 +28,13 @@ class Matrix:
 
     weight: Tensor
 
-    def apply(self, x: Tensor) -> Tensor:
+    def apply(self, x: Rows) -> Tensor:
         """x (N, inputs) -> (N, outputs)."""
-        return x @ self.weight.T
+        return x.wide @ self.weight.T
 
-    def input_gradient(self, grad: Tensor) -> Tensor:
+    def input_gradient(self, grad: Rows) -> Tensor:
         """Gradient (N, inputs) of x from that of the result (N, outputs)."""
-        return grad @ self.weight
+        return grad.wide @ self.weight
 
 
 def pack(weights: Sequence[Tensor], dtype: torch.dtype, matmul: str = "bf16") -> Matrix | Fp8Matrix:

@@ -105,6 +105,8 @@ def summarise(stages: list[Stage], runs_dir: Path) -> None:
     print(summary.own_table(own), flush=True)
     print(heading("\nWhat it did to the rest: every final checkpoint on the same unseen data\n"))
     measured = [summary.measure(stage.final) for stage in stages]
+    for stage, one in zip(stages, measured, strict=True):
+        summary.keep(stage.final, one)
     print("\n".join([summary.common_table(measured), *summary.remarks(measured)]), flush=True)
 
     print(heading("\nWhat the model says now\n"))

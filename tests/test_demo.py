@@ -17,6 +17,7 @@ from scripts.demo import make_stages
 from tests.pipeline import ROOT, Outcome, numbers, run
 from utils import checkpoint
 from utils.config import load_config, plain
+from utils.report import read_run
 
 STAGES = ("pretrain", "sft", "dpo", "rlvr")
 CONFIGS = ("pretrainconfig", "sftconfig", "prefconfig", "rlvrconfig")
@@ -171,8 +172,10 @@ def test_run_again_all_is_skipped_and_a_changed_config_is_refused(configs, whole
     assert refused.code == 2
     assert "preference.beta: 0.1 -> 7.0" in refused.err
 
-    shutil.copy(runs / "pretrain/pretrain_final.pt", runs / "sft/sft_final.pt")
-    shutil.copy(runs / "pretrain/pretrain_final.pt.sha256", runs / "sft/sft_final.pt.sha256")
+    final = runs / "sft/sft_final.pt"
+    state = checkpoint.load(final)
+    state["model"]["final_norm.weight"] += 1
+    checkpoint.save(final, state)
     refused = forked(configs, runs)
     assert refused.code == 2
     assert f"{runs}/dpo grew from another" in refused.err
@@ -194,7 +197,14 @@ def test_it_tells_each_stage_its_measures_the_dialogues_and_the_way_on(whole):
     chat = f"inference.py --checkpoint {runs}/rlvr/rlvr_final.pt --interactive"
     assert f"python {chat}" in out
     page = (runs / "report.html").read_text()
-    assert all(stage in page for stage in STAGES)
+    assert "<th>task</th><th>metric</th>" + "".join(f"<th>{s}</th>" for s in STAGES) in page
+    values = "".join(f"<td>{m['text_accuracy']:.4f}</td>" for m in found["measured"])
+    assert f"<td>unseen text</td><td>tokens right</td>{values}</tr>" in page
+    for stage, measured in zip(STAGES, found["measured"], strict=True):
+        (kept,) = read_run(runs / stage).evaluations
+        assert [r["value"] for r in kept["results"]] == [
+            measured[k] for k in ("text_loss", "text_accuracy", "exact_match", "pair_accuracy")
+        ]
 
 
 def test_a_stage_s_measures_are_those_of_its_metrics(whole):

@@ -223,6 +223,7 @@ def test_the_tokenizer_reads_text_and_conversations_alike(save, out, tokenizer, 
         assert rendered == render(CHAT[:end], ours, template).tokens
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
     assert theirs.pad_token_id is not None
+    assert (out / "tokenizer.model").exists() == (form == "llama")
     for ids in theirs(texts).input_ids:
         assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
 
@@ -234,6 +235,7 @@ def test_a_vocabulary_without_bos_gets_none(save, out, tokenizer):
     theirs = AutoTokenizer.from_pretrained(out)
     assert theirs("Hello").input_ids == ours.encode("Hello")
     assert theirs.chat_template is None
+    assert not json.loads((out / "tokenizer_config.json").read_text())["add_bos_token"]
     assert "apply_chat_template" not in (out / "README.md").read_text()
 
 

@@ -117,7 +117,7 @@ def test_without_the_code_the_notebook_asks_for_its_address(tmp_path, monkeypatc
 
 
 GPUS = {  # name, MiB, compute capability -> rows, precision, device that costs are told for
-    "Tesla T4, 15360, 7.5": ("2", "fp32", None),
+    "Tesla T4, 15360, 7.5": ("2", "fp32", "T4"),
     "NVIDIA L4, 23034, 8.9": ("16", "bf16", "L4"),
     "NVIDIA A100-SXM4-40GB, 40960, 8.0": ("32", "bf16", "A100"),
     "NVIDIA A100-SXM4-80GB, 81920, 8.0": ("64", "bf16", "A100"),
@@ -145,7 +145,7 @@ def test_settings_for_each_gpu_make_a_valid_run(tmp_path, monkeypatch, capfd, an
     assert f"train.micro_batch={min(int(rows), 32) if length else rows}" in machine
     assert f"runtime.precision={precision}" in machine
     assert "137,850,624" in out
-    assert device is None or f"on one {device} " in out
+    assert f"on one {device} " in out
     script("train_sft.py", *kernel.namespace["SFT"], "--dry-run")
 
 

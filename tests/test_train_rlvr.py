@@ -267,6 +267,32 @@ def test_a_trained_verifier_rewards_alone_or_with_the_rule(
     assert any(line["rlvr/reward_mean"] != line["rlvr/pass_rate"] for line in training)
 
 
+def test_a_resumed_run_keeps_its_verifier(config, base, verifier, tmp_path):
+    argv = ["--base-model", base, "reward.model_weight=1", "train.steps=2", "train.save_every=2"]
+    succeed(config, *argv, "--verifier-model", verifier)
+    state = checkpoint.load(verifier)
+    copy, other = tmp_path / "copy.pt", tmp_path / "other.pt"
+    checkpoint.save(copy, state)
+    state["model"]["score.weight"] *= 2
+    checkpoint.save(other, state)
+
+    refused = rlvr(config, *argv, "--verifier-model", other, "--resume")
+    assert refused.code == 2
+    assert f"--verifier-model {other} (fingerprint " in refused.err
+    assert "is not the model that this run began with" in refused.err
+    assert "Traceback" not in refused.err
+    succeed(config, *argv, "--verifier-model", copy, "--resume")
+
+    # A checkpoint from before fingerprints, and from before a setting, which has its default.
+    last = tmp_path / "runs/rlvr/checkpoints/step_00000002.pt"
+    old = checkpoint.load(last)
+    recorded = old.pop("verifier")
+    del old["config"]["optim"]["eps"]
+    checkpoint.save(last, old)
+    succeed(config, *argv, "--verifier-model", other, "--resume")
+    assert checkpoint.load(tmp_path / "runs/rlvr/rlvr_final.pt")["verifier"] != recorded
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

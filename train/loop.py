@@ -170,8 +170,7 @@ class _Saver:
         if self.saved_at == self.training.step and not again:
             return
         if self.dist.is_main:
-            with self.training.cost.paused():
-                self.checkpointer.save(self.training.step, self.training.state_dict())
+            self.checkpointer.save(self.training.step, self.training.state_dict())
         self.saved_at, self.saved_time = self.training.step, time.monotonic()
 
     def finish(self) -> None:
@@ -330,6 +329,8 @@ def _evaluation_due(training: Training, config: LoopConfig, last: bool) -> bool:
 def _evaluate(
     training: Training, evaluate: Callable[[], dict[str, float]], metrics: MetricsLog
 ) -> None:
+    if training.device.type == "cuda":
+        torch.cuda.synchronize()  # what the device has still to do is training
     with training.cost.paused():
         values = evaluate()
     training.evaluated_at = training.step

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data.packing import IGNORE, Batch
 from models.config import HEAD_CHUNK_TOKENS
-from models.elementwise import logits_gradient, softmax_statistics
+from models.elementwise import cross_entropy_gradient, logits_gradient, softmax_statistics
 from models.transformer import Transformer
 
 CPU_CHUNK_TOKENS = 256  # a few MB of logits, which stay in the cache: 2-3 times as fast as 4,096
@@ -96,18 +96,18 @@ class _CrossEntropy(torch.autograd.Function):
         for rows in _chunks(len(hidden), chunk_tokens):
             chunk = hidden[rows].to(weight.dtype)  # (n, C)
             logits = _product(chunk, weight.T, logits_dtype)  # (n, V)
-            logp[rows], logz[rows] = softmax_statistics(logits, targets[rows], IGNORE)
             if not any(wanted):
+                logp[rows], logz[rows] = softmax_statistics(logits, targets[rows], IGNORE)
+                del logits
                 continue
-            to_logz = 2 * z_loss * logz[rows]
-            to_logp = torch.full_like(to_logz, -1)
-            grad = logits_gradient(
-                logits, logz[rows], targets[rows], to_logp, to_logz, weight.dtype, IGNORE
-            )  # (n, V)
+            logp[rows], logz[rows], grad = cross_entropy_gradient(
+                logits, targets[rows], z_loss, weight.dtype, IGNORE
+            )  # (n,), (n,), (n, V)
             if wanted[0]:
                 grad_hidden[rows] = grad @ weight
             if wanted[1]:
                 _add_product(grad_weight, grad.T, chunk)
+            del logits, grad  # before the next chunk's
         ctx.gradients = grad_hidden, grad_weight
         nll = -logp.sum()
         penalty = z_loss * logz.where(targets != IGNORE, 0).square().sum()
@@ -118,7 +118,8 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
-        scaled = (g if g is None else g * grad.to(g.dtype) for g in ctx.gradients)
+        gradients, ctx.gradients = ctx.gradients, None  # else they live as long as the loss
+        scaled = [g if g is None else g.mul_(grad.to(g.dtype)) for g in gradients]
         return *scaled, None, None, None, None, None
 
 
@@ -139,6 +140,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for rows in _chunks(len(hidden), chunk_tokens):
             logits = _product(hidden[rows].to(weight.dtype), weight.T)  # (n, V)
             logp[rows], logz[rows] = softmax_statistics(logits, targets[rows], IGNORE)
+            del logits
         ctx.save_for_backward(hidden, head_weight, targets, logz)
         ctx.chunk_tokens = chunk_tokens
         return logp, logz.where(targets != IGNORE, 0)
@@ -168,6 +170,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_hidden[rows] = grad @ weight
             if wants_weight:
                 _add_product(grad_weight, grad.T, chunk)
+            del logits, grad
         return grad_hidden, grad_weight, None, None
 
 

@@ -129,15 +129,6 @@ def score_statistics(
 # The reference
 
 
-def weights_fingerprint(weights: dict[str, Tensor]) -> str:
-    """Digest of a model's parameters, their names included."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
 def cached_reference(
     model: Transformer,
     batches: Iterable[PairBatch],

@@ -12,8 +12,10 @@ they are the config's `score_mean` and `score_deviation`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,20 +34,31 @@ from utils.config import ConfigError, validate
 Conversation = Sequence[Message]
 ScoreFn = Callable[[Sequence[Conversation]], list[float]]
 SCORED_AT_ONCE = 64
+OF_A_FOLDER = (".safetensors", ".bin", ".json")  # files that decide what it scores
+
+
+@dataclass
+class RewardModel:
+    """A function from conversations, which end with the answer, to standardised scores; and a
+    digest of what it scores with, the same in every precision."""
+
+    score: ScoreFn
+    fingerprint: str
 
 
 def load_reward_model(
     path: Path, config: RewardConfig, device: torch.device, dtype: torch.dtype
-) -> ScoreFn:
-    """A function from conversations, which end with the answer, to standardised scores.
+) -> RewardModel:
+    """What lies at `path`, ready to score.
 
     Raises:
         ConfigError: nothing of the two kinds lies at `path`.
     """
     if path.is_dir():
         score, mean, deviation = _from_transformers(path, config, device, dtype)
+        fingerprint = _folder_fingerprint(path)
     else:
-        score, mean, deviation = _from_checkpoint(path, device, dtype)
+        score, mean, deviation, fingerprint = _from_checkpoint(path, device, dtype)
 
     def standardised(conversations: Sequence[Conversation]) -> list[float]:
         scores = []
@@ -53,7 +66,7 @@ def load_reward_model(
             scores += score(conversations[start : start + SCORED_AT_ONCE])
         return [standardise(value, mean, deviation) for value in scores]
 
-    return standardised
+    return RewardModel(standardised, fingerprint)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -62,7 +75,7 @@ def load_reward_model(
 
 def _from_checkpoint(
     path: Path, device: torch.device, dtype: torch.dtype
-) -> tuple[ScoreFn, float, float]:
+) -> tuple[ScoreFn, float, float, str]:
     state = checkpoint.load(path)
     if state["stage"] != "verifier":
         raise ConfigError(
@@ -85,7 +98,9 @@ def _from_checkpoint(
         return score_tokens(model, [r.tokens for r in rendered]).tolist()
 
     head = state["head"]
-    return score, head["mean"], head["deviation"] or 1.0
+    scale = {"head": torch.tensor([head["mean"], head["deviation"]])}
+    fingerprint = checkpoint.weights_fingerprint(state["model"] | scale)
+    return score, head["mean"], head["deviation"] or 1.0, fingerprint
 
 
 @torch.no_grad()
@@ -137,6 +152,15 @@ def _from_transformers(
         return model(**inputs).logits[:, 0].float().tolist()
 
     return score, config.score_mean, config.score_deviation
+
+
+def _folder_fingerprint(path: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        if file.suffix in OF_A_FOLDER:
+            with file.open("rb") as opened:
+                digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def _check_folder(path: Path) -> None:

@@ -23,7 +23,7 @@ class RuntimeConfig(Config):
     """How a run uses its machine; nothing here changes what is learned beyond rounding."""
 
     precision: str = "auto"
-    """Activations and matrix products: bf16, fp32, or auto (bf16 on CUDA, fp32 on a CPU)."""
+    """Activations and matrix products: bf16, fp32, or auto (bf16 on a GPU that computes in it)."""
     attention: str = "auto"
     """fa4, fa2, varlen, flex, dense, or auto: the fastest that runs here."""
     fused: bool | None = None
@@ -62,6 +62,25 @@ def start_devices(runtime: RuntimeConfig, run_seed: int) -> Distributed:
     return dist
 
 
+def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
+    """One of `PRECISIONS` and, for the log, why it and not the other.
+
+    Raises:
+        ValueError: bf16 was asked for on a GPU that has no arithmetic for it.
+    """
+    obstacle = None
+    if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < (8, 0):
+        # torch.cuda.is_bf16_supported() says yes here too: it counts conversion to float32 and back
+        obstacle = f"bf16 needs compute capability 8.0 (Ampere) or later, not {found[0]}.{found[1]}"
+    if requested == "bf16" and obstacle:
+        raise ValueError(f"{obstacle}; set auto or fp32")
+    if requested != "auto":
+        return requested, "as requested"
+    if device.type != "cuda":
+        return "fp32", f"the device is {device.type}"
+    return ("fp32", obstacle) if obstacle else ("bf16", "this GPU computes in it")
+
+
 def build_model(
     config: ModelConfig,
     runtime: RuntimeConfig,
@@ -69,8 +88,10 @@ def build_model(
     kind: type[Transformer] = Transformer,
 ) -> Transformer:
     """The model on its device, its attention kernel chosen and said."""
-    on_gpu = dist.device.type == "cuda"
-    name = runtime.precision if runtime.precision != "auto" else ("bf16" if on_gpu else "fp32")
+    try:
+        name, why = choose_precision(runtime.precision, dist.device)
+    except ValueError as error:
+        raise ConfigError(f"runtime.precision: {error}") from error
     model = kind(config, PRECISIONS[name], runtime.attention).to(dist.device)
     try:
         kernel, reason = model.attention_kernel()
@@ -78,7 +99,7 @@ def build_model(
         raise ConfigError(f"runtime.attention: {error}") from error
     steps = _fuse_or_compile(model, runtime)
     get_logger().info(
-        f"model: {config.n_params:,} parameters, {name}, on {dist.device}; "
+        f"model: {config.n_params:,} parameters, {name} ({why}), on {dist.device}; "
         f"attention: {kernel} ({reason}); blocks: {steps}"
     )
     return model
@@ -98,7 +119,10 @@ def _fuse_or_compile(model: Transformer, runtime: RuntimeConfig) -> str:
                 raise ConfigError(f"runtime.matmul: fp8 cannot run: it {obstacle}")
         model.fuse_blocks(runtime.memory, runtime.matmul)
         return f"fused, memory {runtime.memory}, products in {runtime.matmul}"
+    steps = "plain"
     if on_gpu if runtime.compile is None else runtime.compile:
         model.compile_blocks()
-        return "compiled"
-    return "plain"
+        steps = "compiled"
+    if on_gpu and runtime.fused is None:
+        steps += " (not fused: by itself in bf16 alone)"
+    return steps

@@ -20,11 +20,19 @@ from data.chat import ChatTemplate
 from models.config import ModelConfig
 from models.transformer import Transformer
 from train.loop import LoopConfig, Training
-from train.pairs import weights_fingerprint
 from train.runtime import PRECISIONS, RuntimeConfig, build_model, start_devices  # noqa: F401
 from utils import checkpoint, cost_tracker
 from utils.checkpoint import Checkpointer, CheckpointError
-from utils.config import CommandLine, Config, ConfigError, Problem, check_resume, plain, save_yaml
+from utils.config import (
+    CommandLine,
+    Config,
+    ConfigError,
+    Problem,
+    check_resume,
+    plain,
+    save_yaml,
+    validate,
+)
 from utils.cost_tracker import CostConfig, CostTracker
 from utils.distributed import Distributed
 from utils.logging import MetricsLog, RunDirectory, get_logger, human_count, human_time
@@ -164,10 +172,11 @@ def load_base(args: CommandLine, stages: Sequence[str], model: ModelConfig) -> d
         raise CheckpointError(
             f"--base-model {path} is of stage '{base['stage']}', but this one starts from {wanted}"
         )
+    theirs = plain(validate(ModelConfig, base["model_config"], f"the model of --base-model {path}"))
     differences = [
-        f"{key}: {value} in the config, {base['model_config'].get(key)} in the checkpoint"
+        f"{key}: {value} in the config, {theirs[key]} in the checkpoint"
         for key, value in plain(model).items()
-        if value != base["model_config"].get(key)
+        if value != theirs[key]
     ]
     if differences:
         raise ConfigError(
@@ -189,7 +198,7 @@ def load_reference(
         ConfigError: `--base-model` is missing, or not what the run started from.
     """
     base = load_base(args, stages, config.model)
-    if weights_fingerprint(base["model"]) != fingerprint:
+    if checkpoint.weights_fingerprint(base["model"]) != fingerprint:
         raise ConfigError(
             f"--base-model {args.base_model} is not the model that this run started from; "
             "its reference must stay the same"
@@ -248,18 +257,18 @@ def open_run(
     run = RunDirectory(config.runs_dir, config.name)
     mirror = open_mirror(run.path, config.train.mirror_dir, args.resume)
     checkpointer = Checkpointer(run.checkpoints, config.train.keep_checkpoints, mirror)
-    values, state = plain(config), None
+    state = None
     found = _newest_checkpoint(checkpointer, dist) if args.resume else None
     if found is not None:
         path, state = found
-        _check_state(state, stage, values, RESUME_MAY_CHANGE, path)
+        _check_state(state, stage, config, RESUME_MAY_CHANGE, path)
         get_logger().info(f"resuming from {path}, step {state['step']:,}")
     elif args.resume:
         places = " and ".join(str(m.path) for m in (run, mirror) if m)
         get_logger().info(f"--resume: no checkpoint in {places} yet")
     if state is None and args.resume_from:
         state = checkpoint.load(args.resume_from)
-        _check_state(state, stage, values, BRANCH_MAY_CHANGE, args.resume_from)
+        _check_state(state, stage, config, BRANCH_MAY_CHANGE, args.resume_from)
         state["branched_from"] = args.resume_from
     if state is None and config.schedule.decay_now:
         raise ConfigError(
@@ -267,7 +276,7 @@ def open_run(
             "to decay from"
         )
     if dist.is_main:
-        run.prepare(args.resume, values)
+        run.prepare(args.resume, plain(config))
         save_yaml(run.path / "versions.yaml", {"stage": stage, **versions()})
     dist.barrier()
     return run, checkpointer, state
@@ -286,7 +295,7 @@ def _newest_checkpoint(checkpointer: Checkpointer, dist: Distributed) -> tuple[P
 
 
 def _check_state(
-    state: dict, stage: str, values: dict, may_change: Collection[str], path: str | Path
+    state: dict, stage: str, config: Config, may_change: Collection[str], path: str | Path
 ) -> None:
     if state["stage"] != stage:
         raise CheckpointError(
@@ -298,7 +307,7 @@ def _check_state(
             f"{path} holds weights only and cannot be resumed; "
             "give a step_*.pt file from the run's checkpoints folder"
         )
-    check_resume(state["config"], values, may_change)
+    check_resume(state["config"], config, may_change)
 
 
 def restore(training: Training, state: dict | None) -> None:

@@ -2,39 +2,44 @@
 
 A stage's own measure comes from its `metrics.jsonl`: it is what the stage was trained for, on its
 own held-out data. `measure` asks the same of every stage's final checkpoint, on built-in data that
-none of them saw: the loss on plain text, and the share of questions answered to the letter. The
-second table is the one that shows forgetting.
+none of them saw: plain text, questions, and pairs of a right and a wrong answer. The second table
+is the one that shows forgetting, and `largest_fall` puts a number on it.
 
-Left out: benchmarks (`eval.py`), and error bars; of 200 questions a share of 80% has a standard
-error of 3 points.
+Left out: benchmarks (`eval.py`), and error bars in the tables: of 200 questions a share of 80% has
+a standard error of 3 points (the report has them).
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from data import builtin, builtin_tasks
-from data.chat import ChatTemplate, Message, render_prompt
+from data.chat import ChatTemplate, Message, render, render_prompt
 from data.chat_loader import Question
-from data.packing import make_batch, pack_rows
+from data.packing import IGNORE, Piece, cut_document, make_batch, pack_rows
 from data.tokenizer import Tokenizer
 from models.config import ModelConfig
 from models.generate import generate
 from models.transformer import Transformer
 from train.chat_evals import ChatEvalConfig, answer_questions, few_shot_exact_match
-from train.evals import held_out_loss
-from train.loss import cross_entropy_loss
 from utils import checkpoint
 from utils.config import validate
 from utils.distributed import Distributed
 from utils.logging import human_count, human_time
 from utils.report import read_run
+from utils.report_evals import FILE, add_evaluation
+from utils.versions import versions
 
 # A stage's own measure: its name, the metric before (its first value) and after (its last).
 OWN_MEASURES = {
@@ -45,6 +50,13 @@ OWN_MEASURES = {
 }
 DOCUMENTS = {"web": 52, "code": 6, "math": 2}  # the demo's mixture
 QUESTIONS, SHOTS, NEW_TOKENS = 200, 3, 32
+PAIRS = 200
+# The shares that every checkpoint is asked for, in the order of the stages that teach them.
+SHARED = {
+    "tokens right": "text_accuracy",
+    "questions, exact": "exact_match",
+    "pairs, right likelier": "pair_accuracy",
+}
 ROWS_AT_ONCE, DOCUMENTS_PER_ROW = 16, 16
 ALONE = Distributed(0, 1, 0, torch.device("cpu"))
 
@@ -67,13 +79,18 @@ class Measured:
 
     Attributes:
         text_loss: nats per token of unseen documents.
+        text_accuracy: share of their tokens that were the likeliest, of `text_tokens` in all.
         exact_match: share of unseen questions answered to the letter.
+        pair_accuracy: share of unseen pairs whose right answer is likelier than the wrong one.
         few_shot: the questions came after solved examples, since it knows no chat.
     """
 
     name: str
     text_loss: float
+    text_accuracy: float
+    text_tokens: int
     exact_match: float
+    pair_accuracy: float
     few_shot: bool
 
 
@@ -109,26 +126,91 @@ def measure(path: Path) -> Measured:
     else:
         solved = unseen_questions(tokenizer, "train", SHOTS)
         exact = few_shot_exact_match(model, solved, held_out, tokenizer, ALONE)
-    return Measured(path.parent.name, text_loss(model, tokenizer), exact, template is None)
+    text = text_measures(model, tokenizer)
+    pairs = pair_accuracy(model, tokenizer)
+    return Measured(path.parent.name, *text, exact, pairs, template is None)
 
 
-def text_loss(model: Transformer, tokenizer: Tokenizer) -> float:
-    """Nats per token of built-in documents beyond those that training reads."""
+def text_measures(model: Transformer, tokenizer: Tokenizer) -> tuple[float, float, int]:
+    """Of built-in documents beyond those that training reads: loss and accuracy per token, and how
+    many tokens there were."""
     texts = [
         builtin.document(domain, builtin.N_DOCUMENTS[domain] + i)
         for domain, count in DOCUMENTS.items()
         for i in range(count)
     ]
-    length = model.config.max_seq_len
     documents = map(np.asarray, tokenizer.encode_documents(texts))
-    rows = pack_rows(documents, length, DOCUMENTS_PER_ROW)
-    batches = [
-        make_batch(rows[i : i + ROWS_AT_ONCE], length, DOCUMENTS_PER_ROW)
-        for i in range(0, len(rows), ROWS_AT_ONCE)
+    rows = pack_rows(documents, model.config.max_seq_len, DOCUMENTS_PER_ROW)
+    logp, likeliest = _scores(model, rows, model.config.max_seq_len)
+    tokens = sum(int((piece.targets >= 0).sum()) for row in rows for piece in row)
+    return -float(logp.sum()) / tokens, float(likeliest.sum()) / tokens, tokens
+
+
+def pair_accuracy(model: Transformer, tokenizer: Tokenizer) -> float:
+    """The share of unseen pairs whose right answer has the higher log-probability."""
+    template = ChatTemplate.of(tokenizer)
+    rows = []
+    for i in range(PAIRS):
+        pair = builtin_tasks.preference("heldout", i)
+        prompt = len(render_prompt(pair["prompt"], tokenizer, template))
+        for answer in (pair["chosen"], pair["rejected"]):
+            said = [*pair["prompt"], {"role": "assistant", "content": answer}]
+            ids = np.asarray(render(said, tokenizer, template).tokens)
+            piece = cut_document(ids, 0, len(ids))
+            piece.targets[: prompt - 1] = IGNORE
+            rows.append([piece])
+    longest = max(len(piece) for (piece,) in rows)
+    chosen, rejected = _scores(model, rows, longest)[0].sum(1).view(-1, 2).T
+    return float((chosen > rejected).double().mean())
+
+
+@torch.no_grad()
+def _scores(model: Transformer, rows: list[list[Piece]], length: int) -> tuple[Tensor, Tensor]:
+    """Each target's log-probability, and whether it is the likeliest; (rows, length), 0 where there
+    is no target."""
+    logps, likeliest = [], []
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        batch = make_batch(rows[start : start + ROWS_AT_ONCE], length, DOCUMENTS_PER_ROW)
+        hidden = model(batch.tokens, batch.positions, batch.cu_seqlens)
+        logits = hidden @ model.head_weight.T  # (B, T, V)
+        logps.append(
+            -F.cross_entropy(logits.mT, batch.targets, ignore_index=IGNORE, reduction="none")
+        )
+        likeliest.append(logits.argmax(-1) == batch.targets)
+    return torch.cat(logps), torch.cat(likeliest)
+
+
+def keep(path: Path, measured: Measured) -> None:
+    """Put what a checkpoint was measured to be into the `eval.json` beside it, for the report."""
+    state = checkpoint.load(path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    made = {"file": path.name, "sha256": digest}
+    shots = SHOTS if measured.few_shot else 0
+    results = [
+        {
+            "task": "unseen text",
+            "metric": "nats per token",
+            "value": measured.text_loss,
+            "n": measured.text_tokens,
+        },
+        _share("unseen text", "tokens right", measured.text_accuracy, measured.text_tokens),
+        _share("questions", "exact match", measured.exact_match, QUESTIONS) | {"shots": shots},
+        _share("pairs", "right answer likelier", measured.pair_accuracy, PAIRS),
     ]
-    return held_out_loss(model, {"text": batches}, {"text": 1.0}, cross_entropy_loss, ALONE)[
-        "val/loss"
-    ]
+    evaluation = {
+        "checkpoint": made | {key: state[key] for key in ("stage", "step", "tokens")},
+        "settings": {"tasks": ["builtin"]},
+        "versions": versions(),
+        "results": results,
+    }
+    add_evaluation(path.parent / FILE, evaluation)
+
+
+def _share(task: str, metric: str, value: float, n: int) -> dict[str, Any]:
+    """A result with the standard error of a share."""
+    error = math.sqrt(value * (1 - value) / n)
+    return {"task": task, "metric": metric, "value": value, "stderr": error, "n": n}
 
 
 def unseen_questions(tokenizer: Tokenizer, split: str, count: int) -> list[Question]:
@@ -196,16 +278,36 @@ def own_table(own: Sequence[Own]) -> str:
 
 
 def common_table(measured: Sequence[Measured]) -> str:
-    """A line for each checkpoint, with the change since the one before."""
-    rows = [("after", "text, loss per token", "", "questions, exact match", "")]
+    """A line for each checkpoint: its shares in percent, with the change since the one before."""
+    rows = [("after", "text, loss", *chain.from_iterable((title, "") for title in SHARED))]
     before: Measured | None = None
     for m in measured:
-        text = _change(m.text_loss, before.text_loss, 2) if before else ""
-        exact = _change(100 * m.exact_match, 100 * before.exact_match, 1) if before else ""
-        share = f"{m.exact_match:.1%}" + "*" * m.few_shot
-        rows.append((m.name, f"{m.text_loss:.2f}", text, share, exact))
+        row = [m.name, f"{m.text_loss:.2f}"]
+        for name in SHARED.values():
+            share = getattr(m, name)
+            mark = "*" * (m.few_shot and name == "exact_match")
+            row += [f"{share:.1%}{mark}", _points(share, getattr(before, name)) if before else ""]
+        rows.append(tuple(row))
         before = m
     return _table(rows, left=1)
+
+
+def largest_fall(measured: Sequence[Measured]) -> tuple[str, Measured, Measured, float]:
+    """What was lost the most of what an earlier stage had taught.
+
+    Of each measure the value after the stage that teaches it (the first, the second, the third) is
+    compared with those after all later stages.
+
+    Returns:
+        The measure's title, the two checkpoints, and the change as a share, negative for a fall.
+    """
+    changes = [
+        (title, teacher, later, getattr(later, name) - getattr(teacher, name))
+        for number, (title, name) in enumerate(SHARED.items())
+        for teacher in measured[number : number + 1]
+        for later in measured[number + 1 :]
+    ]
+    return min(changes, key=lambda change: change[-1])
 
 
 def remarks(measured: Sequence[Measured]) -> list[str]:
@@ -213,18 +315,16 @@ def remarks(measured: Sequence[Measured]) -> list[str]:
     lines = []
     if any(m.few_shot for m in measured):
         lines.append(f"* knows no chat form: asked after {SHOTS} solved examples")
-    first, last = measured[0], measured[-1]
-    if last.text_loss > first.text_loss + 0.1:
-        rise = f"{first.text_loss:.2f} -> {last.text_loss:.2f}"
-        lines.append(
-            f"Text has become harder for it ({rise}): the later stages see short chats alone,\n"
-            "and a model this small forgets the rest over them."
-        )
+    if len(measured) > 1:
+        title, teacher, later, change = largest_fall(measured)
+        fell = f"largest fall of an earlier measure: {title}, {100 * change:+.1f} points from"
+        none = "no later stage has brought an earlier measure down"
+        lines.append(f"{fell} {teacher.name} to {later.name}" if change < 0 else none)
     return lines
 
 
-def _change(after: float, before: float, digits: int) -> str:
-    return f"{round(after - before, digits) + 0.0:+.{digits}f}"  # + 0.0: no "-0.00"
+def _points(after: float, before: float) -> str:
+    return f"{round(100 * (after - before), 1) + 0.0:+.1f}"  # + 0.0: no "-0.0"
 
 
 def _value(measure: str, value: float | None) -> str:

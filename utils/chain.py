@@ -83,7 +83,11 @@ class Stage:
 
 
 def _agrees(given: Any, resolved: Any) -> bool:
-    """Whether a config holds everything that its file gives; the rest are defaults."""
+    """Whether a config holds everything that its file gives; the rest are defaults.
+
+    A key that the config is too old to have does not agree: its stage, which knows the default, is
+    run again, and goes on from its last step or refuses to.
+    """
     if isinstance(given, dict):
         known = resolved if isinstance(resolved, dict) else {}
         return all(key in known and _agrees(value, known[key]) for key, value in given.items())
@@ -100,10 +104,12 @@ def check_base(stage: Stage) -> None:
     """
     if stage.base is None:
         return
+    # Of the weights: a base that is finished anew, under other bookkeeping, is the same base.
+    digest = checkpoint.weights_fingerprint(checkpoint.load(stage.base.final)["model"])
     with stage.base.final.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        of_file = hashlib.file_digest(file, "sha256").hexdigest()  # in records of earlier versions
     record = stage.folder / "base.sha256"
-    if record.exists() and record.read_text().split()[:1] != [digest]:
+    if record.exists() and record.read_text().split()[0] not in (digest, of_file):
         raise ConfigError(
             f"{stage.folder} grew from another {stage.base.final} than the one that is there now: "
             f"delete {stage.folder} to train it anew, or restore that file"

@@ -67,6 +67,15 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
     return payload
 
 
+def weights_fingerprint(weights: dict[str, torch.Tensor]) -> str:
+    """Digest of a model's parameters, their names included."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
 def snapshot(obj: Any) -> Any:
     """Copy nested dicts, lists and tuples of plain values and tensors to host memory.
 

@@ -313,19 +313,22 @@ def _broken_rules(config: Config, failed: Collection[str], prefix: str = "") -> 
                 yield from _broken_rules(item, failed, f"{prefix}{path}.")
 
 
-def check_resume(old: dict[str, Any], new: dict[str, Any], may_change: Collection[str]) -> None:
+def check_resume(old: dict[str, Any], new: Config, may_change: Collection[str]) -> None:
     """Refuse to resume under a config that differs from the checkpoint's, except in `may_change`.
 
-    `may_change` holds dotted keys; one that names a block covers all of it. A key that only one
-    side has counts as null on the other.
+    A key that the checkpoint is too old to have counts as its default, one that the config has no
+    more as null. `may_change` holds dotted keys; one that names a block covers all of it.
     """
-    before, after = _flatten(old), _flatten(new)
-    lines = [
-        f"{key}: {_show(before.get(key))} -> {_show(after.get(key))}"
-        for key in before | after
-        if before.get(key) != after.get(key)
-        and not any(f"{key}.".startswith(f"{free}.") for free in may_change)
-    ]
+    filled = _stand_in(type(new), old, ()).model_dump(mode="json", warnings=False)
+    given, known, after = _flatten(old), _flatten(filled), _flatten(plain(new))
+    lines = []
+    for key in given | known | after:
+        before, now = (given | known).get(key), after.get(key)
+        if before == now or any(f"{key}.".startswith(f"{free}.") for free in may_change):
+            continue
+        is_setting = key in known or key in after
+        told = _show(now) if is_setting else "no setting here; resume with the code that wrote it"
+        lines.append(f"{key}: {_show(before)} -> {told}")
     if lines:
         head = "these settings differ from the checkpoint's; restore them or start another run:"
         raise ConfigError("\n  ".join([head, *lines, f"free to change: {', '.join(may_change)}"]))

@@ -1,8 +1,10 @@
 """What a run costs: dollars, tokens per dollar, tokens per second, MFU and the time left.
 
-MFU is the FLOPs the model needs (PaLM's count: no recomputation) over the device's dense bf16 peak.
-Throughput and MFU count training time alone, so that a slow evaluation does not look like a slow
-step; dollars count all the time that the machine is held.
+MFU is the FLOPs the model needs (PaLM's count: no recomputation) over the device's dense bf16 peak,
+whatever the run computes in; a device that is not in the table has none until the config gives one.
+Throughput and MFU are those of training: steps, saves and waiting for data count, evaluations do
+not, nor does the first step of a process, which compiles kernels and waits for the first shard.
+Dollars and the time left count all the time that the machine is held.
 
 Left out: spot prices, storage and traffic.
 """
@@ -27,10 +29,11 @@ class Device(NamedTuple):
     """
 
     name: str
-    bf16_flops: float
+    peak_flops: float  # in `precision`
     fp8_flops: float | None
     memory_gb: int
     usd_per_hour: float
+    precision: str = "bf16"
 
 
 DEVICES = (
@@ -44,6 +47,8 @@ DEVICES = (
     Device("H200", 989.4e12, 1978.9e12, 141, 3.80),  # H200 data sheet, SXM5
     Device("H200 NVL", 835.5e12, 1671e12, 141, 3.50),
     Device("B200", 2250e12, 4500e12, 180, 6.00),  # HGX B200 data sheet
+    # T4 data sheet. It has no bf16, and runs compute in float32 there; in fp16 it would be 65e12.
+    Device("T4", 8.1e12, None, 16, 0.35, "fp32"),
     Device("L4", 121e12, 242.5e12, 24, 0.70),  # L4 data sheet
     Device("L40S", 362e12, 733e12, 48, 1.00),  # L40S data sheet
     Device("A10", 125e12, None, 24, 0.75),  # A10 data sheet
@@ -59,9 +64,10 @@ PROJECTION_DEVICE = "H100"
 def find_device(name: str) -> Device | None:
     """Return the device whose name is the longest found in `name`; None for one not in the table.
 
-    Laptop chips and MIG slices carry the name of a larger device and are not in the table.
+    Laptop chips, variants (`Ti`, `D`), MIG slices and virtual shares (`A10-8Q`) carry the name of
+    another device and are not in the table.
     """
-    if re.search(r"laptop|\bMIG\b", name, re.IGNORECASE):
+    if re.search(r"laptop|max-q|\b(MIG|Ti|D)\b|-\d+[ABCQ]\b", name, re.IGNORECASE):
         return None
     found = [d for d in DEVICES if re.search(rf"\b{re.escape(d.name)}\b", name, re.IGNORECASE)]
     return max(found, key=lambda device: len(device.name), default=None)
@@ -73,7 +79,7 @@ class CostConfig(Config):
     usd_per_hour: float | None = Field(None, ge=0)
     """Price of one device; null: the table's typical one."""
     peak_tflops: float | None = Field(None, gt=0)
-    """Dense bf16 peak of one device; null: the table's."""
+    """Peak of one device, dense, in bf16 where it has it; null: the table's."""
     device: str | None = None
     """Device that --dry-run projects for, such as H100; null: an H100."""
     projected_mfu: float = Field(0.4, gt=0, le=1)
@@ -115,15 +121,18 @@ class CostTracker:
         return cls(usd and usd * world_size, peak and peak * world_size)
 
     def update(self, tokens: int, flops: int) -> None:
-        """Count a step."""
+        """Count a step; throughput counts from the end of the first one on."""
         self.tokens += tokens
         self._steps_here += 1
+        if self._steps_here == 1:
+            self._window_started = self._clock()
+            return
         self._window_tokens += tokens
         self._window_flops += flops
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Keep the time inside (an evaluation, a save) out of throughput and MFU."""
+        """Keep the time inside, an evaluation, out of throughput and MFU."""
         began = self._clock()
         try:
             yield
@@ -164,7 +173,7 @@ class CostTracker:
 
 def _price_and_peak(config: CostConfig, device: Device | None) -> tuple[float | None, float | None]:
     """Return one device's dollars per hour and peak FLOP/s; the config comes before the table."""
-    usd, peak = (device.usd_per_hour, device.bf16_flops) if device else (None, None)
+    usd, peak = (device.usd_per_hour, device.peak_flops) if device else (None, None)
     if config.usd_per_hour is not None:
         usd = config.usd_per_hour
     if config.peak_tflops is not None:
@@ -184,8 +193,9 @@ def projection(config: CostConfig, flops: float, device: Device) -> Projection:
     """Guess what `flops` take on one `device` at the assumed utilisation."""
     usd, peak = _price_and_peak(config, device)
     hours = flops / (peak * config.projected_mfu) / 3600
+    tflops = f"{round(peak / 1e12, 1):g} TFLOP/s {device.precision}"
     assumption = (
-        f"one {device.name} ({peak / 1e12:.0f} TFLOP/s bf16) at {config.projected_mfu:.0%} of its "
-        f"peak, ${usd:.2f} per hour"
+        f"one {device.name} ({tflops}) at {config.projected_mfu:.0%} of its peak, "
+        f"${usd:.2f} per hour"
     )
     return Projection(hours, hours * usd, assumption)

@@ -6,12 +6,14 @@ held-out measures from the `metrics.jsonl` of its run where the checkpoint still
 Left out: license and intended use, which no run knows; a person adds them before publishing.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from utils.llama_cpp import pre_tokenizer, sentencepiece_model
 from utils.logging import human_count, read_metrics
 
 STAGES = {
@@ -25,6 +27,15 @@ chat = [{"role": "user", "content": "What is 2 + 3?"}]
 inputs = tokenizer.apply_chat_template(
     chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
 )"""
+CONVERT_BYTE_LEVEL = """\
+python - . --outfile model.gguf <<'END'
+import sys
+sys.path.insert(0, "llama.cpp")
+import convert_hf_to_gguf
+from conversion import TextModel
+TextModel.get_vocab_base_pre = lambda *_: "{splitter}"
+convert_hf_to_gguf.main()
+END"""
 COMPLETION = 'inputs = tokenizer("Once upon a time", return_tensors="pt")'
 
 
@@ -80,7 +91,8 @@ output = model.generate(**inputs, max_new_tokens=100)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
-With vLLM, an OpenAI-compatible server (`/v1/{endpoint}`):
+With vLLM, an OpenAI-compatible server (`/v1/{endpoint}`) that runs transformers' SmolLM3; this
+export has not been tried in it:
 
 ```
 vllm serve .
@@ -95,13 +107,31 @@ def _gguf(state: dict[str, Any]) -> str:
             "Not for llama.cpp, which takes every fourth layer of a SmolLM3 for one without "
             "rotary embedding; this model's layers differ."
         )
-    return """\
-With llama.cpp, which knows the tokenizers of published models (Llama 2's among them) and must be
-told of any other in its `convert_hf_to_gguf.py`:
+    tokenizer = json.loads(state["tokenizer"]["json"])
+    start = "llama-cli -m model.gguf"
+    if not state["chat_template"]:
+        start = 'llama-completion -m model.gguf -no-cnv -p "Once upon a time"'
+    splitter = pre_tokenizer(tokenizer)
+    if splitter:
+        return f"""\
+With llama.cpp, whose converter knows published byte-level tokenizers only and must be told that
+this one splits text as `{splitter}` does (`llama.cpp` is its folder):
 
 ```
-python convert_hf_to_gguf.py . --outfile model.gguf
-llama-cli -m model.gguf
+{CONVERT_BYTE_LEVEL.format(splitter=splitter)}
+{start}
+```"""
+    known = sentencepiece_model(tokenizer, state["tokenizer"]["roles"]) is not None
+    doubt = (
+        ". Its converter knows the tokenizers of published models: compare the tokens of a text "
+        "with transformers' before trusting the file"
+    )
+    return f"""\
+With llama.cpp (`llama.cpp` is its folder){"" if known else doubt}:
+
+```
+python llama.cpp/convert_hf_to_gguf.py . --outfile model.gguf
+{start}
 ```"""
 
 

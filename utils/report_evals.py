@@ -114,6 +114,27 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def side_by_side(named: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Iterator[str]:
+    """What several runs were measured on alike, a column for each: its newest values."""
+    newest = {
+        name: {row[:2]: row[2] for evaluation in evaluations for row in rows_of(evaluation)}
+        for name, evaluations in named
+    }
+    measures = dict.fromkeys(measure for values in newest.values() for measure in values)
+    shared = [m for m in measures if sum(m in values for values in newest.values()) > 1]
+    if not shared:
+        return
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in (*HEAD[:2], *newest))
+    rows = [(*m, *(values.get(m, "") for values in newest.values())) for m in shared]
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    yield (
+        '<div class="card"><h3>Benchmarks side by side</h3>'
+        f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div></div>'
+    )
+
+
 def references_of(tasks: Sequence[str]) -> Iterator[str]:
     """Published scores of well-known small models on these tasks, a line each."""
     for task in dict.fromkeys(tasks):

@@ -82,6 +82,7 @@ def page(runs: Sequence[Run], sections: Sequence[Section]) -> str:
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="quiet">Report of {written}, from metrics.jsonl</p>',
+        *report_evals.side_by_side([(run.name, run.evaluations) for run in runs]),
         *(part for section in sections for part in _section(*section)),
         "<h2>Numbers</h2>",
         *map(_numbers, runs),

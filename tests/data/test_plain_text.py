@@ -1,4 +1,4 @@
-"""Plain text among conversations: as much as asked for, whole documents, held out stays out."""
+"""Plain text among conversations: as much as asked for, of whole documents, held-out ones apart."""
 
 import json
 from pathlib import Path

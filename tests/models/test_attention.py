@@ -1,7 +1,10 @@
 """Every kernel against a loop over documents in float64; no leaks; which kernel is chosen."""
 
 import math
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +110,30 @@ def test_fa4_can_be_traced_where_it_is_not_installed():
     assert [x.grad.shape for x in (q, k, v)] == [x.shape for x in (q, k, v)]
 
 
+def test_of_fa4s_warnings_only_the_one_of_each_compilation_is_hidden():
+    """In a process of its own, since pytest has filters of its own."""
+    script = """
+import warnings
+import models.attention
+for message, module in (
+    ("Argument aux_data (position 17) cannot be converted", "cutlass.base_dsl.dsl"),
+    ("Argument aux_data of another", "other"),
+    ("Cache is disabled", "cutlass.base_dsl.dsl"),
+):
+    warnings.warn_explicit(message, UserWarning, "file.py", 1, module)
+"""
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-W", "default", "-c", script],
+        cwd=root, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    shown = [line for line in run.stderr.splitlines() if line.startswith("file.py")]
+    assert shown == [
+        "file.py:1: UserWarning: Argument aux_data of another",
+        "file.py:1: UserWarning: Cache is disabled",
+    ]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["fa4", "fa2", "varlen", "flex"])
 def test_deterministic_backward_repeats_to_the_bit(kernel):
@@ -160,6 +187,8 @@ def test_a_kernel_that_cannot_run_is_refused_with_the_reason(requested, reason):
         ((9, 0), torch.float32, 64, "flex", "varlen needs bfloat16 or float16, not float32"),
         ((9, 0), torch.bfloat16, 60, "flex", "needs heads of 8, 16 ... 256 dimensions, not 60"),
         ((7, 5), torch.float16, 64, "flex", "varlen needs Ampere or later"),
+        ((7, 5), torch.float32, 64, "flex", "fa2 needs Ampere or later (compute capability 8)"),
+        ((7, 0), torch.float32, 64, "flex", "fa4 needs Hopper or Blackwell"),
         ((7, 5), torch.float16, 8, "dense", "flex needs heads of at least 16 dimensions"),
     ],
 )
@@ -171,6 +200,14 @@ def test_choice_on_cuda(monkeypatch, capability, dtype, head_dim, kernel, reason
     chosen, why = choose_kernel("auto", torch.device("cuda"), dtype, head_dim)
     assert chosen == kernel
     assert reason in why
+
+
+@pytest.mark.parametrize("kernel", ["fa4", "fa2", "varlen"])
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
+def test_flash_attention_is_refused_before_ampere(monkeypatch, kernel, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with pytest.raises(ValueError, match=f"'{kernel}' cannot run: needs .* not 7.{capability[1]}"):
+        choose_kernel(kernel, torch.device("cuda"), torch.float16, 64)
 
 
 def test_an_empty_package_does_not_pass_for_a_kernel(tmp_path, monkeypatch):

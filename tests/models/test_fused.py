@@ -4,9 +4,12 @@ import copy
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from models.config import ModelConfig
+from models.elementwise import Rows
 from models.fused import MEMORY, _side_by_side
+from models.products import MATMUL
 from models.transformer import Transformer
 from utils.seed import set_deterministic
 
@@ -55,17 +58,53 @@ def test_values_and_gradients_are_those_of_the_modules(model, documents, memory)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_fp8_follows_float32_within_its_three_bits(tiny, documents):
+@pytest.mark.parametrize("memory", MEMORY)
+def test_fp8_follows_float32_within_its_three_bits(tiny, documents, memory):
     """Every product rounds to 3 bits of mantissa, so errors of a few percent and no more."""
     torch.manual_seed(0)
     model = Transformer(tiny)
     batch = documents(tiny.vocab_size, 24, CUTS)
     hidden, exact = gradients(model, batch)
-    model.fuse_blocks(matmul="fp8")
+    model.fuse_blocks(memory, "fp8")
     rounded, grads = gradients(model, batch)
     assert 0.005 < relative_error(rounded, hidden) < 0.06
     for name, grad in grads.items():
         assert relative_error(grad, exact[name]) < 0.15, name
+
+
+@pytest.mark.parametrize("matmul", MATMUL)
+def test_what_is_computed_again_is_the_same_to_the_bit(tiny, documents, matmul):
+    torch.manual_seed(0)
+    model = Transformer(tiny)
+    batch = documents(tiny.vocab_size, 24, CUTS)
+    runs = []
+    for memory in MEMORY:
+        model.fuse_blocks(memory, matmul)
+        runs.append(gradients(model, batch))
+    for hidden, grads in runs[1:]:
+        assert torch.equal(hidden, runs[0][0])
+        assert all(torch.equal(grad, runs[0][1][name]) for name, grad in grads.items())
+
+
+KEPT = {"fast": 4 * 64 + 64 + 128 + 2 * 96, "balanced": 64 + 64 + 128 + 2 * 96, "low": 64}
+
+
+@pytest.mark.parametrize(("memory", "numbers"), KEPT.items())
+@pytest.mark.parametrize("matmul", MATMUL)
+def test_a_block_keeps_what_its_mode_says(tiny, documents, memory, numbers, matmul):
+    """Numbers kept of each token; what attention keeps for itself, a few more, not counted."""
+    model = Transformer(tiny)
+    model.fuse_blocks(memory, matmul)
+    batch = documents(tiny.vocab_size, 24, CUTS)
+    norm = model(*batch).grad_fn.next_functions[0][0]
+    block = norm.next_functions[0][0]
+    tensors = [t for t in tree_leaves(vars(block.keep)) if t is not None]
+    rows = [t for t in tensors if isinstance(t, Rows)]
+    assert all(r.rounded is None for r in rows)
+    tensors = [t.wide if isinstance(t, Rows) else t for t in tensors]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    assert sum(storages.values()) == 4 * numbers * batch[0].numel()
+    assert not [t for t in block.saved_tensors if len(t) == batch[0].numel()]
 
 
 def relative_error(a, b):

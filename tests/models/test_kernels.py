@@ -19,6 +19,7 @@ else:
     pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.bfloat16]
+FP8 = torch.float8_e4m3fn
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
@@ -52,16 +53,16 @@ def exactly(function, *args):
 def test_add_norm(kernels, dtype, size, add):
     x, weight = draw(37, size, dtype=dtype), draw(size)
     delta = draw(37, size, dtype=dtype) if add else None
-    total, normed = kernels.add_norm(x, delta, weight, 1e-6)
+    total, normed, _ = kernels.add_norm(x, delta, weight, 1e-6)
     exact_total, exact_normed = exactly(elementwise.add_norm, x, delta, weight, 1e-6)
     assert (total.dtype, normed.dtype) == (dtype, dtype)
     check(total, exact_total, dtype)
-    check(normed, exact_normed, dtype)
-    grads = kernels.add_norm_backward(total, weight, normed, delta, 1e-6)
+    check(normed, exact_normed.wide, dtype)
+    grad, to_weight, _ = kernels.add_norm_backward(total, weight, normed, delta, 1e-6)
     exact = exactly(elementwise.add_norm_backward, total, weight, normed, delta, 1e-6)
-    for ours, expected in zip(grads, exact, strict=True):
-        check(ours, expected, dtype)
-    assert grads[1].dtype == torch.float32
+    check(grad, exact[0].wide, dtype)
+    check(to_weight, exact[1], dtype)
+    assert to_weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,15 +83,69 @@ def test_rotate_heads_in_place_inside_wider_rows(kernels, dtype, size, inverse):
 @pytest.mark.parametrize("size", [48, 2048, 2500])
 def test_swiglu(kernels, dtype, size):
     gate_up, grad = draw(7, 2 * size, dtype=dtype), draw(7, size, dtype=dtype)
-    check(kernels.swiglu(gate_up), exactly(elementwise.swiglu, gate_up), dtype)
-    exact = exactly(elementwise.swiglu_backward, gate_up, grad.clone())
-    for ours, expected in zip(kernels.swiglu_backward(gate_up, grad), exact, strict=True):
-        check(ours, expected, dtype)
+    check(kernels.swiglu(gate_up), exactly(elementwise.swiglu, gate_up).wide, dtype)
+    exact_product, exact_grad = exactly(elementwise.swiglu_backward, gate_up, grad.clone())
+    product, grad_gate_up, _ = kernels.swiglu_backward(gate_up, grad)
+    check(product, exact_product, dtype)
+    check(grad_gate_up, exact_grad.wide, dtype)
+
+
+def spread(*shape, dtype):
+    """Rows of very different size, one of them all zeros."""
+    x = draw(*shape, dtype=dtype) * torch.logspace(-4, 4, shape[0], device=DEVICE)[:, None]
+    x[1] = 0
+    return x.to(dtype)
+
+
+def check_rounded(kernels, rounded, wide):
+    """To the bit what the pass that only rounds makes of the same rows."""
+    expected = kernels.quantise_rows(wide, FP8)
+    assert torch.equal(rounded[0].view(torch.uint8), expected[0].view(torch.uint8))
+    assert rounded[0].view(torch.uint8).any()
+    assert torch.equal(rounded[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [96, 768, 1536])
+@pytest.mark.parametrize("add", [True, False])
+def test_norms_round_what_they_write(kernels, dtype, size, add):
+    x, weight = spread(7, size, dtype=dtype), draw(size)
+    delta = draw(7, size, dtype=dtype) if add else None
+    total, normed, rounded = kernels.add_norm(x, delta, weight, 1e-6, FP8)
+    plain = kernels.add_norm(x, delta, weight, 1e-6)
+    assert torch.equal(total, plain[0]) and torch.equal(normed, plain[1]) and plain[2] is None
+    check_rounded(kernels, rounded, normed)
+    alone = kernels.add_norm(x, delta, weight, 1e-6, FP8, wide=False)
+    assert torch.equal(alone[0], total) and alone[1] is None
+    check_rounded(kernels, alone[2], normed)
+    plain = kernels.add_norm_backward(total, weight, normed, delta, 1e-6)
+    grad, to_weight, rounded = kernels.add_norm_backward(total, weight, normed, delta, 1e-6, FP8)
+    assert torch.equal(grad, plain[0]) and torch.equal(to_weight, plain[1])
+    check_rounded(kernels, rounded, grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [48, 2048, 2500, 4096])
+def test_swiglu_rounds_what_it_would_write(kernels, dtype, size):
+    gate_up, grad = spread(5, 2 * size, dtype=dtype), draw(5, size, dtype=dtype)
+    check_rounded(kernels, kernels.swiglu_rounded(gate_up, FP8), kernels.swiglu(gate_up))
+    expected = kernels.swiglu_backward(gate_up.clone(), grad.clone())
+    product, grad_gate_up, rounded = kernels.swiglu_backward(gate_up, grad, FP8)
+    assert torch.equal(product, expected[0]) and torch.equal(grad_gate_up, expected[1])
+    check_rounded(kernels, rounded, grad_gate_up)
+
+
+@pytest.fixture
+def loss_kernels():
+    from models import loss_kernels
+
+    return loss_kernels
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [37, 20_000])
-def test_softmax_and_its_gradient(kernels, dtype, vocab):
+def test_softmax_and_its_gradient(loss_kernels, dtype, vocab):
+    kernels = loss_kernels
     logits, targets = draw(9, vocab, dtype=dtype) * 5, torch.randint(vocab, (9,), device=DEVICE)
     targets[[0, 5]] = -100
     statistics = kernels.softmax_statistics(logits, targets, -100)
@@ -107,6 +162,34 @@ def test_softmax_and_its_gradient(kernels, dtype, vocab):
         check(ours, expected, out)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [37, 20_000])
+@pytest.mark.parametrize(("z_loss", "ignored"), [(0.0, -100), (0.1, 7)])
+def test_loss_with_its_gradient(loss_kernels, dtype, vocab, z_loss, ignored):
+    logits, targets = draw(9, vocab, dtype=dtype) * 5, torch.randint(vocab, (9,), device=DEVICE)
+    targets[[0, 5]], targets[1], targets[2] = ignored, 0, vocab - 1
+    exact = exactly(
+        elementwise.cross_entropy_gradient, logits, targets, z_loss, torch.float64, ignored
+    )
+    for out in DTYPES:
+        given = logits.clone()
+        ours = loss_kernels.cross_entropy_gradient(given, targets, z_loss, out, ignored)
+        for x, expected, kind in zip(ours, exact, (*[torch.float32] * 2, out), strict=True):
+            assert x.dtype == kind
+            check(x, expected, kind)
+        assert (ours[2].data_ptr() == given.data_ptr()) == (out == dtype)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the choice is made by the device")
+@pytest.mark.parametrize("vocab", [elementwise.WIDEST_ROW, elementwise.WIDEST_ROW + 8])
+def test_rows_of_any_width_have_a_loss(vocab):
+    logits, targets = draw(3, vocab) * 5, torch.randint(vocab, (3,), device=DEVICE)
+    exact = exactly(elementwise.cross_entropy_gradient, logits, targets, 0.1, torch.float64, -100)
+    ours = elementwise.cross_entropy_gradient(logits, targets, 0.1, torch.float32, -100)
+    for x, expected in zip(ours, exact, strict=True):
+        check(x, expected, torch.float32)
+
+
 def test_kernels_repeat_to_the_bit(kernels):
     total, weight, grad = draw(500, 96), draw(96), draw(500, 96)
     runs = [kernels.add_norm_backward(total, weight, grad, None, 1e-6)[1] for _ in range(3)]
@@ -119,12 +202,20 @@ def test_kernels_repeat_to_the_bit(kernels):
 def test_quantise_rows(kernels, dtype, size):
     x = draw(11, size, dtype=dtype) * torch.logspace(-4, 4, 11, device=DEVICE)[:, None].to(dtype)
     x[3] = 0
-    rounded, scales = kernels.quantise_rows(x, torch.float8_e4m3fn)
+    rounded, scales = kernels.quantise_rows(x, FP8)
     restored = rounded.float() * scales
     largest = x.float().abs().amax(1, keepdim=True)
     # Half a unit in the last of 3 bits, and half the smallest number of the format.
     assert ((restored - x.float()).abs() <= x.float().abs() / 16 + largest / 448 / 1024).all()
     assert not restored[3].any()
-    expected, expected_scales = elementwise.quantise_rows(x.cpu(), torch.float8_e4m3fn)
+    expected, expected_scales = elementwise.quantise_rows(x.cpu(), FP8)
     torch.testing.assert_close(scales.cpu(), expected_scales)
     assert (rounded.cpu().float() != expected.float()).float().mean() < 0.01
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has no 8-bit NaN")
+def test_rounding_keeps_nan(kernels):
+    x = draw(3, 96, dtype=torch.bfloat16)
+    x[1, 5] = float("nan")
+    rounded, scales = kernels.quantise_rows(x, FP8)
+    assert (rounded.float() * scales).isnan().nonzero().tolist() == [[1, 5]]

@@ -1,24 +1,34 @@
-"""The step: averaging by weight, clipping, skipping what is not finite, metrics between lines."""
+"""The step: averaging by weight, clipping, skipping what is not finite, metrics between lines.
+
+And the loop around it: what its throughput counts, and its bench."""
 
 import copy
 import io
+import json
 import signal
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
+from bench import loop as loop_bench
 from data.packing import IGNORE, make_batch, pack_rows
+from data.streaming import Prefetcher
 from models.config import ModelConfig
 from models.transformer import Transformer
 from optim.optimizer import OptimConfig, make_optimizer
 from optim.scheduler import Schedule, ScheduleConfig
 from train.evals import held_out_loss
-from train.loop import StopRequest, Training, train_step
+from train.loop import LoopConfig, StopRequest, Training, fit, train_step
 from train.loss import cross_entropy_loss
+from train.stability import Stability
+from utils.checkpoint import Checkpointer
+from utils.config import ConfigError
 from utils.cost_tracker import CostTracker
 from utils.distributed import Distributed
+from utils.logging import MetricsLog, read_metrics
 
 SHAPE = ModelConfig(
     vocab_size=50, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, d_ffn=48, max_seq_len=16
@@ -196,3 +206,108 @@ def test_a_signal_while_a_line_is_written_is_remembered(monkeypatch):
         stop.restore()
     assert stop.requested
     assert Disk.written == b"a line\n"
+
+
+class Loader:
+    """The same batches over and over; a step takes a second of the test's own clock."""
+
+    now = 0.0
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> list:
+        self.now += 1
+        return batches(8)
+
+    def state_dict(self) -> dict:
+        return {}
+
+
+def test_throughput_counts_saves_and_leaves_out_evaluations_and_the_first_step(
+    tmp_path, monkeypatch
+):
+    run, loader = training(), Loader()
+    run.loader, run.schedule = loader, Schedule(ScheduleConfig(), 8)
+    run.cost = CostTracker(None, None, clock=lambda: loader.now)
+    loader.now += 500  # from the start of the program to that of the loop
+
+    def evaluate() -> dict:
+        loader.now += 1000
+        return {}
+
+    def save(self: Checkpointer, step: int, payload: dict) -> None:
+        loader.now += 4
+
+    monkeypatch.setattr(Checkpointer, "save", save)
+    config = LoopConfig(log_every=2, eval_every=2, save_every=4)
+    metrics = MetricsLog(tmp_path / "metrics.jsonl")
+    fit(run, cross_entropy_loss, config, Checkpointer(tmp_path, 1), metrics, DIST, evaluate)
+    lines = {m["step"]: m for m in read_metrics(metrics.path) if "train/loss" in m}
+    speeds = {step: line["train/tokens_per_sec"] for step, line in lines.items()}
+    a_step = 8 * 16
+    assert speeds == {2: a_step / 1, 4: 2 * a_step / 2, 6: 2 * a_step / (2 + 4), 8: 2 * a_step / 2}
+
+
+def test_the_bench_of_the_loop_runs_it_with_and_without_its_parts(capsys, tmp_path, monkeypatch):
+    """Three steps of each, of which the last two are timed; all begin alike."""
+    done: dict[str, list] = {}  # what each variant saved, how often it watched and read ahead
+
+    def run(variant: str, bench: loop_bench.Bench) -> loop_bench.Round:
+        done[variant] = []
+        return original_run(variant, bench)
+
+    def spy(cls: type, name: str, event: Callable) -> None:
+        original = getattr(cls, name)
+
+        def method(self: object, *args: object) -> object:
+            if done:  # after the turn that warms up
+                list(done.values())[-1].append(event(self, *args))
+            return original(self, *args)
+
+        monkeypatch.setattr(cls, name, method)
+
+    original_run = loop_bench.run
+    monkeypatch.setattr(loop_bench, "run", run)
+    spy(Checkpointer, "save", lambda self, step, _: f"saved {step}")
+    spy(Stability, "accept", lambda self, *_: "watched" if self.config else "not watched")
+    spy(Prefetcher, "__init__", lambda self, _: "read ahead")
+    sizes = "--micro-batch 1 --accumulate 2 --steps 2 --warmup 1 --rounds 1 --save-every 1"
+    where = ["--shape", "tiny", "--device", "cpu", "--folder", str(tmp_path)]
+    loop_bench.main([*where, *sizes.split(), "--variants", "all"])
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+
+    watched = ["watched", "saved 1", "watched", "saved 2", "watched", "saved 3"]
+    whole = ["read ahead", *watched]
+    assert done == {
+        "bare": [],
+        "fit": whole,
+        "fit-logging": whole,
+        "fit-stability": [event.replace("watched", "not watched") for event in whole],
+        "fit-saves": ["read ahead", *["watched"] * 3, "saved 3"],
+        "fit-prefetch": watched,
+        "fit-packing": watched,
+        "fit-copies": watched,
+    }
+    for variant, result in results.items():
+        assert [len(ms) for ms in result["ms"]] == [2]
+        # That after the warm-up and that at the end are not timed.
+        assert result["saves"] == (0 if variant in ("bare", "fit-saves") else 1)
+        if variant == "fit-logging":
+            assert result["first_loss"] is None
+        else:
+            assert result["first_loss"] == pytest.approx(results["bare"]["first_loss"], rel=1e-5)
+        for ratio, bare, ours in zip(
+            result["of_bare"], results["bare"]["ms"], result["ms"], strict=True
+        ):
+            assert ratio == pytest.approx(sum(bare) / sum(ours), rel=1e-3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_bench_of_the_loop_refuses_what_does_not_fit(capsys):
+    with pytest.raises(SystemExit):
+        loop_bench.main(["--variants", "bare,fit-lagging"])
+    assert "no variant 'fit-lagging'" in capsys.readouterr().err
+    config = ["--device", "cpu", "--data", "configs/demo/pretrain.yaml", "data.seq_len=512"]
+    with pytest.raises(ConfigError, match=r"data.seq_len \(512\) must not exceed the model's"):
+        loop_bench.main(config)

@@ -21,9 +21,9 @@ from train.pairs import (
     reference_logprobs,
     score_statistics,
     verifier_loss,
-    weights_fingerprint,
 )
 from train.preference import PreferenceConfig
+from utils.checkpoint import weights_fingerprint
 from utils.distributed import Distributed
 
 ALONE = Distributed(0, 1, 0, torch.device("cpu"))

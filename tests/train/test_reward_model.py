@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Fast
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -68,7 +69,7 @@ def save_folder(path, kind, config):
 def test_a_folder_of_transformers_reads_the_answers(tmp_path, kind, config):
     model = save_folder(tmp_path, kind, config)
     settings = RewardConfig(model_weight=1.0, score_mean=0.5, score_deviation=2.0)
-    score = load_reward_model(tmp_path, settings, CPU, FLOAT)
+    score = load_reward_model(tmp_path, settings, CPU, FLOAT).score
     together = score(ASKED)
     assert together == pytest.approx([score([asked])[0] for asked in ASKED], abs=1e-5)
     assert abs(together[2] - together[3]) > 1e-4  # the question is cut, not the answer
@@ -98,7 +99,7 @@ def verifier(tmp_path):
 def test_a_checkpoint_scores_the_last_token_standardised(verifier):
     path, state, model, tokenizer, template = verifier
     checkpoint.save(path, state)
-    score = load_reward_model(path, RewardConfig(), CPU, FLOAT)
+    score = load_reward_model(path, RewardConfig(), CPU, FLOAT).score
     for asked, found in zip(ASKED, score(ASKED), strict=True):
         tokens = torch.tensor([render(asked, tokenizer, template).tokens[-48:]])
         n = tokens.shape[1]
@@ -106,6 +107,34 @@ def test_a_checkpoint_scores_the_last_token_standardised(verifier):
         hidden = model(tokens, torch.arange(n)[None], bounds)
         expected = (model.scores(hidden[0, -1]).item() - 0.25) / 2.0
         assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_fingerprint_is_of_what_decides_a_checkpoints_scores(verifier, tmp_path):
+    path, state, *_ = verifier
+
+    def fingerprint(dtype: torch.dtype = FLOAT, **changed) -> str:
+        checkpoint.save(path, state | changed)
+        return load_reward_model(path, RewardConfig(), CPU, dtype).fingerprint
+
+    first = fingerprint()
+    assert fingerprint(torch.bfloat16, step=7, config={"name": "another"}) == first
+    assert fingerprint(head={"mean": 0.5, "deviation": 2.0}) != first
+    weights = {name: tensor.clone() for name, tensor in state["model"].items()}
+    weights["embedding.weight"][0, 0] += 1
+    assert fingerprint(model=weights) != first
+
+
+def test_the_fingerprint_is_of_what_decides_a_folders_scores(tmp_path):
+    settings = RewardConfig(model_weight=1.0)
+    save_folder(tmp_path, BertForSequenceClassification, BertConfig(**SHAPE))
+    first = load_reward_model(tmp_path, settings, CPU, FLOAT).fingerprint
+    (tmp_path / "README.md").write_text("what it is")
+    assert load_reward_model(tmp_path, settings, CPU, torch.bfloat16).fingerprint == first
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["classifier.bias"] += 1
+    save_file(tensors, weights, {"format": "pt"})
+    assert load_reward_model(tmp_path, settings, CPU, FLOAT).fingerprint != first
 
 
 def test_padding_does_not_change_a_score(verifier):

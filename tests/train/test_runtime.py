@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from models.config import ModelConfig
-from train.runtime import RuntimeConfig, build_model
+from models.transformer import Transformer
+from train.runtime import RuntimeConfig, build_model, choose_precision
 from utils.config import ConfigError, validate
 from utils.distributed import Distributed
 
@@ -59,6 +60,57 @@ def test_fp8_is_refused_where_sizes_do_not_fit(cpu):
     with pytest.raises(ConfigError, match=r"runtime.matmul: fp8 .* multiples of 16, not \[90\]"):
         build_model(odd, runtime(matmul="fp8"), cpu)
     build_model(odd, runtime(), cpu)
+
+
+@pytest.mark.parametrize(
+    ("capability", "requested", "precision", "reason"),
+    [
+        (None, "auto", "fp32", "the device is cpu"),
+        (None, "bf16", "bf16", "as requested"),
+        ((7, 0), "auto", "fp32", "bf16 needs compute capability 8.0 (Ampere) or later, not 7.0"),
+        ((7, 5), "auto", "fp32", "bf16 needs compute capability 8.0 (Ampere) or later, not 7.5"),
+        ((7, 5), "fp32", "fp32", "as requested"),
+        ((8, 0), "auto", "bf16", "this GPU computes in it"),
+        ((8, 0), "bf16", "bf16", "as requested"),
+        ((8, 9), "auto", "bf16", "this GPU computes in it"),
+        ((12, 0), "auto", "bf16", "this GPU computes in it"),
+    ],
+)
+def test_the_precision_is_one_that_the_device_computes_in(
+    monkeypatch, capability, requested, precision, reason
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda" if capability else "cpu")
+    assert choose_precision(requested, device) == (precision, reason)
+
+
+def test_bf16_is_refused_on_a_gpu_without_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    device = Distributed(rank=0, world_size=1, local_rank=0, device=torch.device("cuda"))
+    with pytest.raises(ConfigError, match=r"runtime.precision: bf16 .* not 7.5; set auto or fp32"):
+        build_model(TINY, runtime(precision="bf16"), device)
+
+
+@pytest.mark.parametrize(
+    ("capability", "said", "fused"),
+    [
+        ((7, 5), "fp32 (bf16 needs compute capability 8.0 (Ampere) or later, not 7.5)", None),
+        ((8, 0), "bf16 (this GPU computes in it)", {"memory": "fast", "matmul": "bf16"}),
+    ],
+)
+def test_what_a_gpu_gets_is_said(monkeypatch, capsys, capability, said, fused):
+    """A GPU is pretended: the model stays where it is, all choices are made for the other."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(Transformer, "to", lambda self, device: self)
+    monkeypatch.setattr(Transformer, "device", torch.device("cuda"))
+    gpu = Distributed(rank=0, world_size=1, local_rank=0, device=torch.device("cuda"))
+    model = build_model(TINY, runtime(), gpu)
+    assert model.fused == fused
+    (line,) = capsys.readouterr().out.splitlines()
+    assert said in line
+    if fused is None:
+        assert "attention: flex (" in line
+        assert "blocks: compiled (not fused: by itself in bf16 alone)" in line
 
 
 @pytest.mark.gpu

@@ -1,16 +1,20 @@
 """What a chain shows of a stage, and when it takes a config for the one that a run had."""
 
+import hashlib
 import io
 import os
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
+import torch
 
-from utils import chain
-from utils.chain import Progress, Stage, _agrees, _lines, alone, run_stage
+from utils import chain, checkpoint
+from utils.chain import Progress, Stage, _agrees, _lines, alone, check_base, run_stage
+from utils.config import ConfigError
 
 TRAINED = "step {:>3}/100  {:.1f}%  loss 3.000  9.1K tok/s  ETA 5 s"
 EVALUATED = "step {:>3}/100  {:.1f}%  val 2.000"
@@ -74,6 +78,7 @@ def test_the_error_of_a_stage_begins_with_its_message():
         ({"a": [{"b": 1}]}, {"a": [{"b": 1, "c": 0}]}, True),
         ({"a": None}, {"a": None}, True),
         ({"a": None}, {}, False),
+        ({"a": {"b": 1, "new": 2}}, {"a": {"b": 1}}, False),
         ({"a": 1}, {"a": 2}, False),
         ({"a": [1]}, {"a": [1, 2]}, False),
         ({"a": {"b": 1}}, {"a": None}, False),
@@ -81,6 +86,27 @@ def test_the_error_of_a_stage_begins_with_its_message():
 )
 def test_a_config_agrees_when_it_holds_all_that_its_file_gives(given, resolved, agree):
     assert _agrees(given, resolved) is agree
+
+
+@pytest.mark.parametrize("earlier_version", [False, True])
+def test_the_base_of_a_stage_is_known_by_its_weights(tmp_path, earlier_version):
+    base = Stage("a.py", Path("a.yaml"), tmp_path, "the base")
+    stage = Stage("b.py", Path("b.yaml"), tmp_path, "grows from it", base)
+
+    def finish(weight: float, **config) -> None:
+        checkpoint.save(base.final, {"model": {"w": torch.tensor([weight])}, "config": config})
+
+    finish(1.0)
+    if earlier_version:  # it noted the file's digest
+        stage.folder.mkdir()
+        digest = hashlib.sha256(base.final.read_bytes()).hexdigest()
+        (stage.folder / "base.sha256").write_text(f"{digest}  {base.final}\n")
+    check_base(stage)
+    finish(1.0, new_key=3)
+    check_base(stage)
+    finish(2.0)
+    with pytest.raises(ConfigError, match=r"grew from another .*a_final\.pt"):
+        check_base(stage)
 
 
 def test_lines_come_whole_however_they_are_written():

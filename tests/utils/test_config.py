@@ -358,25 +358,72 @@ def test_plain_values_rebuild_the_config() -> None:
 # ---- resume ----
 
 
+def run(**values) -> Run:
+    return validate(Run, GOOD | values, "test")
+
+
+def refusals(old: dict, new: Run, may_change: list[str]) -> list[str]:
+    """The lines that name a setting."""
+    with pytest.raises(ConfigError) as caught:
+        check_resume(old, new, may_change)
+    head, *lines, free = str(caught.value).splitlines()
+    assert "restore them or start another run" in head
+    assert free == f"  free to change: {', '.join(may_change)}"
+    return [line.strip() for line in lines]
+
+
 def test_resume_refuses_what_changes_the_run_and_lists_it() -> None:
-    old = {"name": "a", "optim": {"lr": 1.0, "betas": [0.9, 0.95]}, "log": {"every": 10}}
-    new = {"name": "a", "optim": {"lr": 2.0, "betas": [0.9, 0.99]}, "log": {"every": 5}}
-    check_resume(old, old, [])
-    check_resume(old, new, ["optim", "log.every"])
-    with pytest.raises(ConfigError) as caught:
-        check_resume(old, new, ["log", "opt"])
-    assert "optim.lr: 1.0 -> 2.0" in str(caught.value)
-    assert "optim.betas: [0.9, 0.95] -> [0.9, 0.99]" in str(caught.value)
-    assert "every:" not in str(caught.value)
+    old = plain(run(optim={"lr": 1.0}, micro_batch=4))
+    new = run(optim={"lr": 2.0, "betas": [0.9, 0.99]}, micro_batch="auto")
+    check_resume(old, run(optim={"lr": 1.0}, micro_batch=4), [])
+    check_resume(old, new, ["optim", "micro_batch"])
+    assert refusals(old, new, ["micro_batch", "opt"]) == [
+        "optim.lr: 1.0 -> 2.0",
+        "optim.betas: [0.9, 0.95] -> [0.9, 0.99]",
+    ]
 
 
-def test_resume_locates_list_items_and_takes_absent_for_null() -> None:
-    old = {"sources": [{"weight": 1}, {"weight": 2}], "gone": 3}
-    new = {"sources": [{"weight": 1}, {"weight": 4}], "added": None}
-    with pytest.raises(ConfigError) as caught:
-        check_resume(old, new, [])
-    lines = [line.strip() for line in str(caught.value).splitlines()[1:-1]]
-    assert lines == ["sources.1.weight: 2 -> 4", "gone: 3 -> null"]
+def test_resume_locates_list_items() -> None:
+    old = plain(run(sources=[{"name": "a", "weight": 1}, {"name": "b", "weight": 2}]))
+    new = run(sources=[{"name": "a", "weight": 1}, {"name": "b", "weight": 4}])
+    assert refusals(old, new, []) == ["sources.1.weight: 2.0 -> 4.0"]
+    shorter = run(sources=[{"name": "a", "weight": 1}])
+    assert refusals(old, shorter, ["note"]) == [
+        'sources.1.name: "b" -> null', "sources.1.weight: 2.0 -> null", "sources.1.cap: 5 -> null",
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_older_than_a_key_has_its_default() -> None:
+    old = plain(run(sources=[{"name": "a"}]))
+    del old["optim"]["betas"], old["sources"][0]["cap"], old["model"]["n_layers"], old["batch"]
+    check_resume(old, run(sources=[{"name": "a"}]), [])
+    new = run(
+        model={"d_model": 8, "n_heads": 2, "n_layers": 3}, optim={"betas": [0.5, 0.6]},
+        sources=[{"name": "a", "cap": None}], batch=16,
+    )  # fmt: skip
+    assert set(refusals(old, new, [])) == {
+        "sources.0.cap: 5 -> null", "model.n_layers: 2 -> 3",
+        "optim.betas: [0.9, 0.95] -> [0.5, 0.6]", "batch: 8 -> 16",
+    }  # fmt: skip
+    del old["optim"]
+    check_resume(old, run(sources=[{"name": "a"}]), [])
+    assert refusals(old, run(optim={"lr": 0.5}, sources=[{"name": "a"}]), []) == [
+        "optim.lr: 0.001 -> 0.5"
+    ]
+
+
+def test_a_checkpoint_older_than_a_required_key_is_refused() -> None:
+    old = plain(run())
+    del old["model"]["d_model"]
+    assert refusals(old, run(), []) == ["model.d_model: null -> 8"]
+
+
+def test_a_setting_that_is_gone_is_named_unless_it_was_null() -> None:
+    old = plain(run()) | {"gone": 3, "unset": None}
+    old["optim"]["clip"] = {"norm": 0.5, "value": None}
+    says = "-> no setting here; resume with the code that wrote it"
+    assert set(refusals(old, run(), [])) == {f"gone: 3 {says}", f"optim.clip.norm: 0.5 {says}"}
+    check_resume(old, run(), ["gone", "optim"])
 
 
 # ---- command line ----
