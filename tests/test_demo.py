@@ -14,7 +14,8 @@ import yaml
 
 from data import builtin, builtin_tasks
 from scripts.demo import make_stages
-from tests.pipeline import ROOT, Outcome, numbers, run
+from tests.pipeline import ROOT, Outcome, Run, numbers
+from train.summary import Measured, largest_fall
 from utils import checkpoint
 from utils.config import load_config, plain
 from utils.report import read_run
@@ -107,10 +108,11 @@ def start(configs: Path, runs: Path) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **piped)
 
 
-def forked(configs: Path, runs: Path, fault: str = "") -> Outcome:
+def forked(configs: Path, runs: Path, fault: str = "", timeout_s: float = 600) -> Outcome:
     """The same by forks that need not import torch; `fault` as in tests/forked_demo.py."""
-    argv = (fault, "--configs", configs, "--runs-dir", runs)
-    return run("tests.forked_demo", *argv, log=runs.with_name("log"))
+    runs.parent.mkdir(parents=True, exist_ok=True)
+    argv = [fault, "--configs", str(configs), "--runs-dir", str(runs)]
+    return Run("tests.forked_demo", argv, runs.with_name("log")).wait(timeout_s)
 
 
 def summary(runs: Path) -> dict:
@@ -275,12 +277,23 @@ def test_a_stage_is_finished_with_its_whole_final_checkpoint_and_its_config(numb
 
 
 @pytest.mark.slow
-def test_the_real_demo(tmp_path):
-    process = start(ROOT / "configs/demo", tmp_path / "runs")
-    out, err = process.communicate(timeout=3600)
-    assert process.returncode == 0, out + err
-    pretrain, sft, dpo, rlvr = summary(tmp_path / "runs")["stages"]
+def test_the_real_demo_killed_in_every_stage_comes_to_the_same(tmp_path):
+    configs = ROOT / "configs/demo"
+    whole, runs = tmp_path / "whole/runs", tmp_path / "killed/runs"
+    done = forked(configs, whole, timeout_s=7200)
+    assert done.code == 0, done.out + done.err
+    pretrain, sft, dpo, rlvr = summary(whole)["stages"]
     assert pretrain["after"] < pretrain["before"] / 2
-    assert sft["after"] > sft["before"] + 0.3
-    assert dpo["after"] > 0.6
-    assert rlvr["after"] > rlvr["before"]
+    assert sft["after"] > sft["before"] + 0.5
+    assert dpo["after"] > dpo["before"] + 0.2
+    assert rlvr["after"] > rlvr["before"] + 0.2
+    measured = [Measured(**values) for values in summary(whole)["measured"]]
+    assert largest_fall(measured)[-1] > -0.05
+
+    for stage, step in zip(STAGES, (170, 510, 30, 270), strict=True):
+        killed = forked(configs, runs, f"{stage} {step} demo stage", timeout_s=7200)
+        assert killed.code == -signal.SIGKILL, killed.out + killed.err
+        assert not (runs / stage / f"{stage}_final.pt").exists()
+    done = forked(configs, runs, timeout_s=7200)
+    assert done.code == 0, done.out + done.err
+    assert same(runs, whole)
