@@ -101,7 +101,7 @@ NOT_DRAWN = {
     "train/tokens", "train/progress_percent", "cost/eta_hours", "cost/tokens_per_dollar",
     "val/ppl", "sft/val_loss", SKIPPED,
 }  # fmt: skip
-SPELLED = {"frac": "share", "kl": "KL", "logp": "log-probability"}
+SPELLED = {"frac": "share", "kl": "KL", "logp": "log-probability", "z": "z-score"}
 SHARES = ("_frac", "accuracy", "exact_match", "pass_rate")  # ends of metrics that are shares
 
 
@@ -219,9 +219,16 @@ def panels_of(runs: Sequence[Run]) -> Iterator[Panel]:
         for key in keys
         if key not in arranged | NOT_DRAWN | once | set(domains) and not key.endswith("_val_ppl")
     ]
-    yield from _other_panels(runs, others)
+    watched = [key for key in others if key.startswith("stability/")]
+    yield from _other_panels(runs, [key for key in others if key not in watched])
     for title, unit, metrics in PANELS[1:]:
         yield from _panel(runs, title, unit, metrics)
+    # Where nothing has happened there is nothing to see.
+    yield from _other_panels(runs, [key for key in watched if _changes(runs, key)])
+
+
+def _changes(runs: Sequence[Run], key: str) -> bool:
+    return any(len(set(run.curve(key)[1])) > 1 for run in runs)
 
 
 def _other_panels(runs: Sequence[Run], keys: list[str]) -> Iterator[Panel]:

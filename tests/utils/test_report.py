@@ -150,6 +150,18 @@ def test_skipped_steps_are_marked_where_their_count_grows(make):
     assert "steps skipped before 30, 50" in write_report([folder]).read_text()
 
 
+def test_what_the_stability_monitor_saw_comes_last_and_only_if_it_saw_something(make):
+    watched = {10: (0.0, 1.0), 20: (3.5, 1.0)}
+    lines = [
+        training_line(s, **{"stability/loss_z": z, "stability/rate_cut": cut})
+        for s, (z, cut) in watched.items()
+    ]
+    titles = [p.title for p in panels_of([read_run(make("a", lines))])]
+    assert titles[-1] == "Loss z-score"
+    assert "Rate cut" not in titles
+    assert "stability/rate_cut" in write_report([make("b", lines)]).read_text()
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, len(LINES)])
 def test_a_run_that_has_just_begun(make, count):
     """Nothing yet, one line, two ...; the last one torn."""
