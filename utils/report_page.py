@@ -39,7 +39,7 @@ body { margin: 0 auto; padding: 28px 20px 60px; max-width: 1240px; background: v
   color: var(--text); font: 15px/1.5 var(--font) }
 h1 { font-size: 28px; line-height: 1.2; margin: 0 0 4px; letter-spacing: -.02em }
 h2 { font-size: 20px; margin: 40px 0 14px; letter-spacing: -.01em }
-h3 { font-size: 15px; margin: 0 }
+h1 + .quiet { margin-bottom: 18px } h3 { font-size: 15px; margin: 0 }
 .quiet { color: var(--ink); margin: 0 }
 .card { background: var(--card); border: 1px solid var(--grid); border-radius: 12px;
   padding: 16px 18px; margin: 0 0 16px; min-width: 0 }
