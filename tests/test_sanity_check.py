@@ -184,6 +184,7 @@ socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 def script(folder: Path, *argv: str, largest_file: int | None = None):
     """The script in a process of its own, without network, in an empty folder."""
     (folder / "sitecustomize.py").write_text(NO_NETWORK)
+    alone = {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
 
     def limit() -> None:
         if largest_file is not None:
@@ -191,7 +192,7 @@ def script(folder: Path, *argv: str, largest_file: int | None = None):
 
     return subprocess.run(
         [sys.executable, ROOT / "sanity_check.py", *argv],
-        env=os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"},
+        env=os.environ | alone,
         cwd=folder,
         preexec_fn=limit,
         capture_output=True,
