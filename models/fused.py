@@ -201,6 +201,8 @@ class _FusedBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_middle: Tensor, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         weights, keep = ctx.saved_tensors, ctx.keep
+        if keep is None:
+            raise RuntimeError("backward through a fused block a second time: run it again")
         rotation, mask, settings, has_delta = ctx.rest
         ctx.keep = None  # memory is free as soon as it is used
         w = _Weights(weights, grad_out.dtype, settings.matmul)

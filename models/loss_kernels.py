@@ -98,6 +98,7 @@ def logits_gradient(
 ) -> Tensor:
     rows, size = logits.shape
     out = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
+    to_logp, to_logz = to_logp.contiguous(), to_logz.contiguous()  # a sum's are expanded
     block = min(4096, triton.next_power_of_2(size))
     _logits_gradient[(rows, triton.cdiv(size, block))](
         logits, out, logz, targets, to_logp, to_logz,

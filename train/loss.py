@@ -119,7 +119,10 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None  # else they live as long as the loss
-        scaled = [g if g is None else g.mul_(grad.to(g.dtype)) for g in gradients]
+        if gradients is None:
+            raise RuntimeError("backward through a cross-entropy a second time: compute it again")
+        # A vector, because a number would first be rounded to the gradient's dtype.
+        scaled = [g if g is None else g.mul_(grad.view(1)) for g in gradients]
         return *scaled, None, None, None, None, None
 
 

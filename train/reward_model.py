@@ -34,7 +34,8 @@ from utils.config import ConfigError, validate
 Conversation = Sequence[Message]
 ScoreFn = Callable[[Sequence[Conversation]], list[float]]
 SCORED_AT_ONCE = 64
-OF_A_FOLDER = (".safetensors", ".bin", ".json")  # files that decide what it scores
+# Files that decide what it scores: weights, configs, tokenizers, chat templates.
+OF_A_FOLDER = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 
 
 @dataclass

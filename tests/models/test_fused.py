@@ -131,6 +131,15 @@ def test_micro_batches_accumulate(model, documents):
         torch.testing.assert_close(parameter.grad, 2 * single[name])
 
 
+def test_a_second_backward_pass_is_refused_in_words(model, documents):
+    batch = documents(model.config.vocab_size, 24, CUTS)
+    model.fuse_blocks()
+    total = model(*batch).sum()
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second time"):
+        total.backward()
+
+
 def test_a_changed_weight_is_used_at_once(model, documents):
     """Weights are cast at each use: fused AdamW and `data` leave no trace in `_version`."""
     batch = documents(model.config.vocab_size, 24, CUTS)

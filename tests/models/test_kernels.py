@@ -160,6 +160,13 @@ def test_softmax_and_its_gradient(loss_kernels, dtype, vocab):
         ours = kernels.logits_gradient(logits.clone(), statistics[1], targets, *upstream, out, -100)
         assert ours.dtype == out
         check(ours, expected, out)
+    # The gradients of a plain sum are one number for all rows, not a number in each.
+    upstream = torch.ones((), device=DEVICE).expand(9), torch.zeros((), device=DEVICE).expand(9)
+    expected = exactly(
+        elementwise.logits_gradient, logits, exact[1], targets, *upstream, torch.float64, -100
+    )
+    ours = kernels.logits_gradient(logits, statistics[1], targets, *upstream, torch.float32, -100)
+    check(ours, expected, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

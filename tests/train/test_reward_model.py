@@ -130,6 +130,10 @@ def test_the_fingerprint_is_of_what_decides_a_folders_scores(tmp_path):
     first = load_reward_model(tmp_path, settings, CPU, FLOAT).fingerprint
     (tmp_path / "README.md").write_text("what it is")
     assert load_reward_model(tmp_path, settings, CPU, torch.bfloat16).fingerprint == first
+    template = tmp_path / "chat_template.jinja"  # where newer versions of transformers keep it
+    template.write_text("{{ messages }}")
+    assert load_reward_model(tmp_path, settings, CPU, FLOAT).fingerprint != first
+    template.unlink()
     weights = tmp_path / "model.safetensors"
     tensors = load_file(weights)
     tensors["classifier.bias"] += 1
