@@ -66,10 +66,14 @@ class Run:
         self.process = CONTEXT.Process(target=_child, args=arguments)
         self.process.start()
 
-    def until_stopped(self) -> None:
+    def until_stopped(self, timeout_s: float = 1200) -> None:
         """Wait for a fault that sends SIGSTOP."""
-        while _running_threads(self.process.pid):
+        deadline = time.monotonic() + timeout_s
+        while not _is_stopped(self.process.pid):
             assert self.process.is_alive(), f"it ended before: {_read(self.log, 'err')}"
+            if time.monotonic() > deadline:
+                self.process.kill()
+                raise TimeoutError(f"not stopped after {timeout_s} s: {_read(self.log, 'out')}")
             time.sleep(0.01)
 
     def wait(self, timeout_s: float = 1200) -> Outcome:
@@ -102,22 +106,22 @@ def _read(log: Path, kind: str) -> str:
     return log.with_suffix(f".{kind}").read_text()
 
 
-def _running_threads(pid: int) -> list[Path]:
-    """The threads of a process that a SIGSTOP has not reached yet."""
-    found = []
-    for status in Path(f"/proc/{pid}/task").glob("*/status"):
+def _is_stopped(pid: int) -> bool:
+    """Whether a SIGSTOP has reached all threads of a process, and there is one."""
+    states = []
+    for status in glob.glob(f"/proc/{pid}/task/*/status"):
         with contextlib.suppress(OSError):  # it has ended
-            if "T (stopped)" not in status.read_text():
-                found.append(status)
-    return found
+            states.append("T (stopped)" in Path(status).read_text())
+    return bool(states) and all(states)
 
 
-def _writers(log: Path) -> list[Path]:
+def _writers(log: Path) -> list[str]:
     """The stdout and stderr of processes that are a run's."""
     found = []
-    for stream in Path("/proc").glob("[0-9]*/fd/[12]"):
+    # Not Path.glob, which fails where a process ends meanwhile.
+    for stream in glob.glob("/proc/[0-9]*/fd/[12]"):
         with contextlib.suppress(OSError):  # it has ended, or is another user's
-            if stream.readlink().with_suffix("") == log.resolve():
+            if Path(os.readlink(stream)).with_suffix("") == log.resolve():
                 found.append(stream)
     return found
 
