@@ -121,7 +121,7 @@ def _writers(log: Path) -> list[str]:
     # Not Path.glob, which fails where a process ends meanwhile.
     for stream in glob.glob("/proc/[0-9]*/fd/[12]"):
         with contextlib.suppress(OSError):  # it has ended, or is another user's
-            if Path(os.readlink(stream)).with_suffix("") == log.resolve():
+            if Path(stream).readlink().with_suffix("") == log.resolve():
                 found.append(stream)
     return found
 
