@@ -22,7 +22,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -244,12 +244,12 @@ class _PassedOn:
 
     def __init__(self) -> None:
         self.caught: list[int] = []
+        self._waiting: deque[int] = deque()
         self._process: subprocess.Popen | None = None
 
     def to(self, process: subprocess.Popen) -> None:
         self._process = process
-        for number in self.caught:
-            process.send_signal(number)
+        self._pass_on()
 
     def __enter__(self) -> _PassedOn:
         self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -257,8 +257,14 @@ class _PassedOn:
 
     def _handle(self, number: int, frame: object) -> None:
         self.caught.append(number)
-        if self._process:
-            self._process.send_signal(number)
+        self._waiting.append(number)
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Each once, though another may come at any moment."""
+        with suppress(IndexError):
+            while self._process:
+                self._process.send_signal(self._waiting.popleft())
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():

@@ -148,3 +148,20 @@ def test_a_signal_that_comes_while_a_stage_starts_reaches_it(tmp_path, monkeypat
     stage = Stage("none.py", tmp_path / "sft.yaml", tmp_path, "nothing")
     with alone(tmp_path) as lock:
         assert run_stage(stage, Progress(io.StringIO()), lock) == 128 + number
+
+
+def test_a_signal_that_comes_while_one_is_passed_on_is_passed_on_once():
+    """Twice, Ctrl-C would leave the stage without saving."""
+    sent = []
+
+    class Process:
+        def send_signal(self, number):
+            sent.append(number)
+            if len(sent) == 1:
+                signals._handle(signal.SIGINT, None)
+
+    with chain._PassedOn() as signals:
+        signals._handle(signal.SIGTERM, None)
+        signals.to(Process())
+        signals._handle(signal.SIGTERM, None)
+    assert sent == signals.caught == [signal.SIGTERM, signal.SIGINT, signal.SIGTERM]
