@@ -22,7 +22,7 @@ from data.chat import ChatTemplate
 from data.chat_loader import ChatLoader, Question, choose_questions, held_out_batches
 from data.conversations import ChatDataConfig, Conversations, load_conversations
 from data.packing import Batch
-from data.plain_text import load_plain_text
+from data.plain_text import load_plain_text, warn_of_leaks
 from data.streaming import Prefetcher
 from data.tokenizer import Tokenizer
 from models.config import ModelConfig
@@ -98,6 +98,8 @@ def main(argv: list[str]) -> None:
         world_size=dist.world_size,
     )
     get_logger().info(str(loader))
+    if texts and base["stage"] == "pretrain":
+        warn_of_leaks(config.data, base["config"])
     rows = config.train.micro_batch
     held_out = {STAGE: held_out_batches(sources, config.data, rows)}
     if any(text.held_out.any() for text in texts):

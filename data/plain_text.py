@@ -1,8 +1,8 @@
 """Plain text among the conversations of SFT, so that a model does not forget how to write.
 
-The documents are those of a pretraining source, learned whole; the first ones of each source are
-taken until there are as many tokens as wanted. Mixing pretraining data into what comes after it is
-the oldest remedy against catastrophic forgetting, called rehearsal or replay; of InstructGPT's
+The documents are those of a pretraining source, every token learned; the first ones of each source
+are taken until there are as many tokens as wanted. Mixing pretraining data into what comes after it
+is the oldest remedy against catastrophic forgetting, called rehearsal or replay; of InstructGPT's
 losses it is the one named "ptx" (Ouyang et al. 2022, section 3.5).
 
 What pretraining held out stays held out, if `held_out_fraction` is not smaller than it was there.
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -37,13 +38,13 @@ def load_plain_text(
 ) -> Conversations:
     """A source's share of `text_tokens`, tokenized now or before, each piece a "conversation".
 
-    Documents longer than a row are cut into pieces, none of them lost.
+    Documents longer than a row are cut into pieces; the last document may lose its end.
 
     Raises:
         ConfigError: unreadable, or too short for its share.
     """
     share = source.weight / sum(s.weight for s in config.text_sources)
-    wanted = round(config.text_tokens * share)
+    wanted = max(1, round(config.text_tokens * share))
     files = list_files(source)
     identity = {
         "format": FORMAT,
@@ -67,6 +68,16 @@ def load_plain_text(
     return text
 
 
+def warn_of_leaks(config: ChatDataConfig, pretraining: dict[str, Any]) -> None:
+    """Tell if what pretraining, by its resolved config, held out is now trained on."""
+    theirs = pretraining.get("data", {}).get("held_out_fraction", 0)
+    if theirs > config.held_out_fraction:
+        get_logger().warning(
+            f"data.held_out_fraction ({config.held_out_fraction}) is below pretraining's "
+            f"({theirs}): if text_sources are its sources, some of what it held out is trained on"
+        )
+
+
 def _tokenize(
     source: SourceConfig,
     files: list[SourceFile],
@@ -82,11 +93,14 @@ def _tokenize(
             kept_out = is_held_out(text, config.held_out_fraction)
             # The last token of a piece is only ever a target, so the next begins with it.
             for start in range(0, len(ids) - 1, config.seq_len):
-                pieces.append(np.array(ids[start : start + config.seq_len + 1], dtype))
+                if trained >= wanted:  # a document may be a book
+                    break
+                piece = ids[start : start + config.seq_len + 1]
+                pieces.append(np.array(piece, dtype))
                 held_out.append(kept_out)
-            if not kept_out:
-                trained += len(ids)
-                bar.update(len(ids))
+                if not kept_out:
+                    trained += len(piece) - 1
+                    bar.update(len(piece) - 1)
             if trained >= wanted:
                 break
         else:

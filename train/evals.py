@@ -119,7 +119,8 @@ def held_out_loss(
             total += torch.stack([loss.double(), torch.full_like(loss, batch.weight).double()])
         loss_sum, weight = dist.all_reduce_sum(total).tolist()
         loss = loss_sum / weight
-        mixture += loss * shares[domain] / sum(shares[d] for d in batches)
+        if shares[domain]:  # else a loss that is not finite would spoil the mixture
+            mixture += loss * shares[domain] / sum(shares[d] for d in batches)
         metrics |= {f"{domain}_val_loss": loss, f"{domain}_val_ppl": _exp(loss)}
     model.train()
     return {"val/loss": mixture, "val/ppl": _exp(mixture), **metrics}

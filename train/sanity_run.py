@@ -98,7 +98,7 @@ def check_source(source: Config, tokenizer: Tokenizer | TokenizerConfig | None) 
         what = f": {left_out}" if left_out.counts else ""
         return failed(
             f"no usable row among the first {ROWS_READ} of '{source.path}'{what}",
-            f"mend the rows, or take '{source.name}' out of data.sources",
+            f"mend the rows, or take '{source.name}' out of the config",
         )
     if isinstance(tokenizer, TokenizerConfig):
         tokenizer = _tokenizer(tokenizer, texts)

@@ -115,16 +115,19 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def side_by_side(named: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Iterator[str]:
-    """What several runs were measured on alike, a column for each: its newest values."""
+    """What several runs were measured on alike, on as many samples; a column for each, its newest
+    values."""
     newest = {
-        name: {row[:2]: row[2] for evaluation in evaluations for row in rows_of(evaluation)}
+        name: {
+            (*row[:2], row[4]): row[2] for evaluation in evaluations for row in rows_of(evaluation)
+        }
         for name, evaluations in named
     }
     measures = dict.fromkeys(measure for values in newest.values() for measure in values)
     shared = [m for m in measures if sum(m in values for values in newest.values()) > 1]
     if not shared:
         return
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in (*HEAD[:2], *newest))
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in (*HEAD[:2], "n", *newest))
     rows = [(*m, *(values.get(m, "") for values in newest.values())) for m in shared]
     body = "".join(
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows

@@ -1,4 +1,4 @@
-"""Plain text among conversations: as much as asked for, of whole documents, held-out ones apart."""
+"""Plain text among conversations: as much as asked for, in its order, held-out documents apart."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,12 @@ import pytest
 from data import plain_text
 from data.chat_loader import ChatLoader, held_out_batches
 from data.conversations import ChatDataConfig, ChatSource
-from data.plain_text import load_plain_text
+from data.plain_text import load_plain_text, warn_of_leaks
 from data.shards import is_held_out
 from data.sources import SourceConfig
 from data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 from utils.config import ConfigError, validate
+from utils.logging import get_logger
 
 SEQ_LEN = 32
 FRACTION = 0.2
@@ -50,19 +51,17 @@ def config_of(tmp_path: Path, *sources: SourceConfig, tokens: int = 1_000) -> Ch
     )
 
 
-def test_whole_documents_in_their_order_until_there_are_enough(source, tokenizer, tmp_path):
+def test_documents_in_their_order_until_there_are_enough(source, tokenizer, tmp_path):
     text = load_plain_text(source, config_of(tmp_path, source), tokenizer)
     expected, held_out, trained = [], [], 0
     for document in filter(None, TEXTS):
         ids = tokenizer.encode_documents([document])[0]
         kept_out = is_held_out(document, FRACTION)
-        while len(ids) > 1:
+        while len(ids) > 1 and trained < 1_000:
             expected.append(ids[: SEQ_LEN + 1])
             held_out.append(kept_out)
+            trained += 0 if kept_out else len(expected[-1]) - 1
             ids = ids[SEQ_LEN:]
-        trained += 0 if kept_out else len(tokenizer.encode_documents([document])[0])
-        if trained >= 1_000:
-            break
     pieces = [text.tokens[text.slice(i)].tolist() for i in range(len(text.ends))]
     assert pieces == expected
     assert text.held_out.tolist() == held_out
@@ -74,24 +73,39 @@ def test_every_target_of_a_document_is_learned_once(source, tokenizer, tmp_path)
     text = load_plain_text(source, config_of(tmp_path, source), tokenizer)
     targets = [text.piece(i).targets for i in range(len(text.ends))]
     learned = np.concatenate([t[t >= 0] for t in targets])
-    taken, documents = 0, []
-    for document in filter(None, TEXTS):
-        if taken == len(learned):
-            break
-        ids = tokenizer.encode_documents([document])[0]
-        documents += ids[1:]
-        taken += len(ids) - 1
-    assert learned.tolist() == documents
+    documents = tokenizer.encode_documents([t for t in TEXTS if t])
+    every = [token for ids in documents for token in ids[1:]]
+    assert learned.tolist() == every[: len(learned)]
+
+
+def test_a_book_does_not_swamp_the_conversations(tokenizer, tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("It was a long road. " * 5_000)
+    source = SourceConfig(name="book", path=str(path), weight=1)
+    config = config_of(tmp_path, source).model_copy(update={"held_out_fraction": 1e-9})
+    text = load_plain_text(source, config, tokenizer)
+    assert 1_000 <= sum(text.lengths) < 1_000 + SEQ_LEN
+
+
+def test_what_pretraining_held_out_is_not_trained_on_in_silence(tmp_path, source, caplog):
+    config = config_of(tmp_path, source)
+    get_logger().addHandler(caplog.handler)
+    try:
+        warn_of_leaks(config, {"data": {"held_out_fraction": FRACTION}})
+        warn_of_leaks(config, {})
+        assert not caplog.records
+        warn_of_leaks(config, {"data": {"held_out_fraction": 2 * FRACTION}})
+    finally:
+        get_logger().removeHandler(caplog.handler)
+    assert "is below pretraining's (0.4)" in caplog.text
 
 
 def test_weights_share_the_tokens_out(source, tokenizer, tmp_path):
     other = source.model_copy(update={"name": "other", "weight": 1})
     config = config_of(tmp_path, source, other, tokens=1_200)
     large, small = (load_plain_text(s, config, tokenizer) for s in config.text_sources)
-    longest = max(len(ids) for ids in tokenizer.encode_documents(TEXTS))
     for text, share in ((large, 900), (small, 300)):
-        trained = sum(text.lengths[~text.held_out] + 1)
-        assert share <= trained < share + 2 * longest
+        assert share <= sum(text.lengths[~text.held_out]) < share + SEQ_LEN
 
 
 def test_a_second_time_it_comes_from_the_cache(source, tokenizer, tmp_path, monkeypatch):
