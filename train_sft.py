@@ -88,22 +88,11 @@ def main(argv: list[str]) -> None:
     tokenizer = Tokenizer.from_state(base["tokenizer"])
     template = ChatTemplate.of(tokenizer)
     sources, texts = prepare_data(config.data, tokenizer, template, dist)
-    loader = ChatLoader(
-        [*sources, *texts],
-        config.data,
-        config.seed,
-        rows_per_step=config.train.batch_tokens // config.data.seq_len,
-        micro_batch=config.train.micro_batch,
-        rank=dist.rank,
-        world_size=dist.world_size,
-    )
+    loader = make_loader([*sources, *texts], config, dist)
     get_logger().info(str(loader))
     if texts and base["stage"] == "pretrain":
         warn_of_leaks(config.data, base["config"])
-    rows = config.train.micro_batch
-    held_out = {STAGE: held_out_batches(sources, config.data, rows)}
-    if any(text.held_out.any() for text in texts):
-        held_out["text"] = held_out_batches(texts, config.data, rows)
+    held_out = choose_held_out(sources, texts, config)
     known = [s for s in sources if s.source.exact_match]
     asked = choose_questions(sources, config.eval.questions, tokenizer.eos_id)
     examples = choose_questions(known, SHOTS, tokenizer.eos_id, held_out=False)
@@ -159,6 +148,29 @@ def prepare_data(
     loaded = load() if dist.is_main else None
     dist.barrier()
     return loaded or load()
+
+
+def make_loader(sources: list[Conversations], config: SFTConfig, dist: Distributed) -> ChatLoader:
+    return ChatLoader(
+        sources,
+        config.data,
+        config.seed,
+        rows_per_step=config.train.batch_tokens // config.data.seq_len,
+        micro_batch=config.train.micro_batch,
+        rank=dist.rank,
+        world_size=dist.world_size,
+    )
+
+
+def choose_held_out(
+    sources: list[Conversations], texts: list[Conversations], config: SFTConfig
+) -> dict[str, list[Batch]]:
+    """Batches of held-out conversations, and of held-out text if there is any."""
+    rows = config.train.micro_batch
+    held_out = {STAGE: held_out_batches(sources, config.data, rows)}
+    if any(text.held_out.any() for text in texts):
+        held_out["text"] = held_out_batches(texts, config.data, rows)
+    return held_out
 
 
 def measure(

@@ -49,7 +49,7 @@ from data.records import (
 )
 from data.shards import is_held_out
 from data.sources import SourceConfig
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, id_dtype
 from utils.config import Config, ConfigError, Problem
 from utils.logging import get_logger
 
@@ -197,7 +197,7 @@ def _tokenize(
 ) -> tuple[dict[str, np.ndarray], Account]:
     """The tensors of `Conversations`, and what was left out."""
     account = Account()
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    dtype = id_dtype(tokenizer.vocab_size)
     tokens, learned, held_out, keys = [np.empty(0, dtype)], [np.empty(0, bool)], [], []
     records = read_source(source, builtin_tasks.chat, builtin_tasks.N_EXAMPLES)
     rows = usable_rows(source, records, to_messages, check_messages, SHAPES, account.bad)

@@ -25,7 +25,7 @@ from data.conversations import TENSORS, ChatDataConfig, Conversations
 from data.records import Account, cached_tensors
 from data.shards import is_held_out
 from data.sources import SourceConfig, SourceFile, list_files, read_rows
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, id_dtype
 from utils.config import ConfigError
 from utils.logging import get_logger
 
@@ -86,7 +86,7 @@ def _tokenize(
     tokenizer: Tokenizer,
 ) -> tuple[dict[str, np.ndarray], Account]:
     """The tensors of `Conversations`."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    dtype = id_dtype(tokenizer.vocab_size)
     pieces, held_out, trained = [], [], 0
     with tqdm(desc=f"tokenizing {source.name}", unit=" tokens", total=wanted) as bar:
         for text, ids in _documents(source, files, tokenizer):

@@ -43,7 +43,7 @@ from data.records import (
 )
 from data.shards import is_held_out
 from data.sources import Record
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, id_dtype
 from utils.config import Config, ConfigError, Problem
 from utils.logging import get_logger
 
@@ -286,7 +286,7 @@ def _tokenize(
 ) -> tuple[dict[str, np.ndarray], Account]:
     """The tensors of one source, and what was left out."""
     account = Account()
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    dtype = id_dtype(tokenizer.vocab_size)
     tokens, learned, held_out = [np.empty(0, dtype)], [np.empty(0, bool)], []
     records = read_source(source, builtin_tasks.preference, BUILTIN_EXAMPLES)
     rows = usable_rows(source, records, to_pair, check_pair, SHAPES, account.bad)

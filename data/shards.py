@@ -39,7 +39,7 @@ import safetensors.numpy
 
 from data.hub import HUB_PREFIX
 from data.sources import SourceConfig, SourceFile, list_files, read_rows
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, id_dtype
 from utils.config import ConfigError
 from utils.logging import get_logger
 
@@ -363,7 +363,7 @@ def _tokenize(job: ShardJob, tokenizer: Tokenizer) -> tuple[bytes, dict[str, int
 
 def _laid_out(documents: list, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     """Documents (lists or arrays of ids) as the tensors of `Documents`."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    dtype = id_dtype(tokenizer.vocab_size)
     parts = [np.empty(0, dtype), *(np.asarray(d, dtype) for d in documents)]
     ends = np.cumsum([len(d) for d in documents], dtype=np.int64)
     return {"tokens": np.concatenate(parts), "ends": ends}

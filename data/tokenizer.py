@@ -20,6 +20,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from utils.config import Config, ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -131,6 +133,11 @@ class Tokenizer:
 
         inner = tokenizers.Tokenizer.from_str(state["json"])
         return cls(inner, state["roles"], state["add_bos"], state["add_eos"])
+
+
+def id_dtype(vocab_size: int) -> type[np.unsignedinteger]:
+    """The smallest type that keeps a vocabulary's ids on the disk."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
 def _fingerprint(tokenizer: Tokenizer) -> str:

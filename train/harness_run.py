@@ -241,7 +241,7 @@ def _origin(
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "checkpoint": {
             "file": path.name,
-            "sha256": _sha256(path),
+            "sha256": checkpoint.sha256(path),
             "stage": state["stage"],
             "step": state["step"],
             "tokens": state["tokens"],
@@ -260,15 +260,6 @@ def _harness_version() -> dict[str, str]:
         return {"lm-eval": metadata.version("lm_eval")}
     except metadata.PackageNotFoundError:
         return {}
-
-
-def _sha256(path: Path) -> str:
-    """The checkpoint's; `checkpoint.load` has compared it with the file beside it, if any."""
-    beside = checkpoint.sidecar(path)
-    if beside.exists():
-        return beside.read_text().split()[0]
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _bpb_row(name: str, measured: dict[str, float]) -> dict[str, Any]:

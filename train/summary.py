@@ -11,28 +11,27 @@ a standard error of 3 points (the report has them).
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
+from operator import gt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from data import builtin, builtin_tasks
 from data.chat import ChatTemplate, Message, render, render_prompt
 from data.chat_loader import Question
-from data.packing import IGNORE, Piece, cut_document, make_batch, pack_rows
+from data.packing import IGNORE, make_batch, pack_rows
 from data.tokenizer import Tokenizer
 from models.config import ModelConfig
 from models.generate import generate
 from models.transformer import Transformer
 from train.chat_evals import ChatEvalConfig, answer_questions, few_shot_exact_match
+from train.likelihood import Request, score, target_scores
 from utils import checkpoint
 from utils.config import validate
 from utils.distributed import Distributed
@@ -141,51 +140,39 @@ def text_measures(model: Transformer, tokenizer: Tokenizer) -> tuple[float, floa
     ]
     documents = map(np.asarray, tokenizer.encode_documents(texts))
     rows = pack_rows(documents, model.config.max_seq_len, DOCUMENTS_PER_ROW)
-    logp, likeliest = _scores(model, rows, model.config.max_seq_len)
-    tokens = sum(int((piece.targets >= 0).sum()) for row in rows for piece in row)
-    return -float(logp.sum()) / tokens, float(likeliest.sum()) / tokens, tokens
+    targets, hidden = [], []
+    with torch.no_grad():
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            some = rows[start : start + ROWS_AT_ONCE]
+            batch = make_batch(some, model.config.max_seq_len, DOCUMENTS_PER_ROW)
+            wanted = batch.targets != IGNORE
+            targets.append(batch.targets[wanted])
+            hidden.append(model(batch.tokens, batch.positions, batch.cu_seqlens)[wanted])
+        logp, likeliest = target_scores(torch.cat(hidden), model.head_weight, torch.cat(targets))
+    return -float(logp.mean()), float(likeliest.double().mean()), len(logp)
 
 
 def pair_accuracy(model: Transformer, tokenizer: Tokenizer) -> float:
     """The share of unseen pairs whose right answer has the higher log-probability."""
     template = ChatTemplate.of(tokenizer)
-    rows = []
+    requests = []
     for i in range(PAIRS):
         pair = builtin_tasks.preference("heldout", i)
-        prompt = len(render_prompt(pair["prompt"], tokenizer, template))
+        prompt = render_prompt(pair["prompt"], tokenizer, template)
         for answer in (pair["chosen"], pair["rejected"]):
             said = [*pair["prompt"], {"role": "assistant", "content": answer}]
-            ids = np.asarray(render(said, tokenizer, template).tokens)
-            piece = cut_document(ids, 0, len(ids))
-            piece.targets[: prompt - 1] = IGNORE
-            rows.append([piece])
-    longest = max(len(piece) for (piece,) in rows)
-    chosen, rejected = _scores(model, rows, longest)[0].sum(1).view(-1, 2).T
-    return float((chosen > rejected).double().mean())
-
-
-@torch.no_grad()
-def _scores(model: Transformer, rows: list[list[Piece]], length: int) -> tuple[Tensor, Tensor]:
-    """Each target's log-probability, and whether it is the likeliest; (rows, length), 0 where there
-    is no target."""
-    logps, likeliest = [], []
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        batch = make_batch(rows[start : start + ROWS_AT_ONCE], length, DOCUMENTS_PER_ROW)
-        hidden = model(batch.tokens, batch.positions, batch.cu_seqlens)
-        logits = hidden @ model.head_weight.T  # (B, T, V)
-        logps.append(
-            -F.cross_entropy(logits.mT, batch.targets, ignore_index=IGNORE, reduction="none")
-        )
-        likeliest.append(logits.argmax(-1) == batch.targets)
-    return torch.cat(logps), torch.cat(likeliest)
+            requests.append(
+                Request(prompt, render(said, tokenizer, template).tokens[len(prompt) :])
+            )
+    scores = dict(chain.from_iterable(score(model, requests)))
+    logp = [scores[number].logprob for number in range(len(requests))]
+    return sum(map(gt, logp[::2], logp[1::2])) / PAIRS
 
 
 def keep(path: Path, measured: Measured) -> None:
     """Put what a checkpoint was measured to be into the `eval.json` beside it, for the report."""
     state = checkpoint.load(path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    made = {"file": path.name, "sha256": digest}
+    made = {"file": path.name, "sha256": checkpoint.sha256(path)}
     shots = SHOTS if measured.few_shot else 0
     results = [
         {

@@ -11,7 +11,6 @@ Left out: stages side by side, and other machines.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import re
 import selectors
@@ -106,8 +105,7 @@ def check_base(stage: Stage) -> None:
         return
     # Of the weights: a base that is finished anew, under other bookkeeping, is the same base.
     digest = checkpoint.weights_fingerprint(checkpoint.load(stage.base.final)["model"])
-    with stage.base.final.open("rb") as file:
-        of_file = hashlib.file_digest(file, "sha256").hexdigest()  # in records of earlier versions
+    of_file = checkpoint.sha256(stage.base.final)  # in records of earlier versions
     record = stage.folder / "base.sha256"
     if record.exists() and record.read_text().split()[0] not in (digest, of_file):
         raise ConfigError(

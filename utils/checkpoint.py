@@ -67,6 +67,15 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
     return payload
 
 
+def sha256(path: Path) -> str:
+    """Of the file; read from the one beside it, if there is one, which `load` compares it with."""
+    beside = sidecar(path)
+    if beside.exists():
+        return beside.read_text().split()[0]
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def weights_fingerprint(weights: dict[str, torch.Tensor]) -> str:
     """Digest of a model's parameters, their names included."""
     digest = hashlib.sha256()

@@ -127,15 +127,9 @@ def side_by_side(named: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Itera
     shared = [m for m in measures if sum(m in values for values in newest.values()) > 1]
     if not shared:
         return
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in (*HEAD[:2], "n", *newest))
     rows = [(*m, *(values.get(m, "") for values in newest.values())) for m in shared]
-    body = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
-    )
-    yield (
-        '<div class="card"><h3>Benchmarks side by side</h3>'
-        f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div></div>'
-    )
+    table = _html_table((*HEAD[:2], "n", *newest), rows)
+    yield f'<div class="card"><h3>Benchmarks side by side</h3>{table}</div>'
 
 
 def references_of(tasks: Sequence[str]) -> Iterator[str]:
@@ -156,17 +150,19 @@ def section(name: str, evaluations: Sequence[dict[str, Any]]) -> Iterator[str]:
         where += ", as conversations" * bool(evaluation.get("settings", {}).get("chat"))
         rows += [(where, *cells) for cells in rows_of(evaluation)]
         tasks += [result["task"] for result in evaluation["results"]]
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in ("checkpoint", *HEAD))
-    body = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
-    )
     lines = "".join(f'<p class="quiet">{escape(line)}</p>' for line in references_of(tasks))
     if lines:
         lines = (
             '<p class="quiet">Published scores of other models, from their authors and measured '
             f"with their own harnesses: landmarks, not comparisons.</p>{lines}"
         )
-    yield (
-        f'<div class="card"><h3>Benchmarks of {escape(name)}</h3>'
-        f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>{lines}</div>'
+    table = _html_table(("checkpoint", *HEAD), rows)
+    yield f'<div class="card"><h3>Benchmarks of {escape(name)}</h3>{table}{lines}</div>'
+
+
+def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    heads = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
     )
+    return f'<div class="scroll"><table><tr>{heads}</tr>{body}</table></div>'
