@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data.packing import Batch
-from models import elementwise
+from models import elementwise, epilogues
 from models.config import GIB, ModelConfig
 from models.transformer import Transformer
 from train import loss
@@ -53,7 +53,7 @@ def main() -> None:
     )
     parser.add_argument("--shape", default="600m", choices=("tiny", "160m", "600m"))
     parser.add_argument("--rows", type=int, default=48)
-    parser.add_argument("--variants", default="fast,balanced,low", help="memory[+fp8]")
+    parser.add_argument("--variants", default="fast,balanced,low", help="memory[+fp8 or +cublas]")
     parser.add_argument(
         "--one", action="store_true", help="one micro-batch a step: no gradients at its beginning"
     )
@@ -62,8 +62,9 @@ def main() -> None:
     config = load_config(ModelConfig, f"configs/model/smol_{args.shape}.yaml")
     results = {}
     for variant in args.variants.split(","):
-        memory, *fp8 = variant.split("+")
-        allocator = predict(config, args.rows, memory, fp8[0] if fp8 else "bf16", not args.one)
+        memory, *how = variant.split("+")
+        matmul, gemm = "fp8" if "fp8" in how else "bf16", "cublas" if how else "quack"
+        allocator = predict(config, args.rows, memory, matmul, gemm, not args.one)
         results[variant] = {
             "allocated_gib": allocator.peak_live / GIB,
             "reserved_gib": allocator.peak_reserved / GIB,
@@ -79,7 +80,12 @@ def main() -> None:
 
 
 def predict(
-    config: ModelConfig, rows: int, memory: str, matmul: str = "bf16", accumulate: bool = True
+    config: ModelConfig,
+    rows: int,
+    memory: str,
+    matmul: str = "bf16",
+    gemm: str = "quack",
+    accumulate: bool = True,
 ) -> Allocator:
     """The allocator after three micro-batches.
 
@@ -89,7 +95,7 @@ def predict(
     allocator = Allocator()
     with pretended_gpu(), torch.device("meta"):
         model = Transformer(config, torch.bfloat16)
-        model.fuse_blocks(memory, matmul)
+        model.fuse_blocks(memory, matmul, gemm)
         watch = Watch(allocator)
         shape = rows, config.max_seq_len
         tokens, targets, positions = (torch.empty(shape, dtype=torch.int64) for _ in range(3))
@@ -252,6 +258,7 @@ def pretended_gpu() -> Iterator[None]:
         for target, name, value in (
             (torch.Tensor, "is_cuda", True),
             (elementwise, "_load", kernels.get),
+            (epilogues, "_kernels", lambda _: _IdleEpilogues),
             (loss, "_add_product", lambda total, a, b: None),
             (fused, "attention", lambda q, k, v, mask: _Attention.apply(q, k, v)),
             (transformer, "document_mask", lambda *_: None),
@@ -259,6 +266,23 @@ def pretended_gpu() -> Iterator[None]:
         ):
             patches.enter_context(mock.patch.object(target, name, value))
         yield
+
+
+class _IdleEpilogues:
+    """What models/epilogue_kernels.py returns."""
+
+    @staticmethod
+    def product(a: Tensor, b: Tensor, added: Tensor | None) -> Tensor:
+        return a.new_empty(len(a), b.shape[1])
+
+    @staticmethod
+    def swiglu(x: Tensor, weight: Tensor, halves: bool) -> tuple[Tensor | None, Tensor]:
+        wide = weight.shape[1]
+        return x.new_empty(len(x), wide) if halves else None, x.new_empty(len(x), wide // 2)
+
+    @staticmethod
+    def swiglu_gradient(grad: Tensor, weight: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+        return grad.new_empty(len(grad), weight.shape[1]), gate_up
 
 
 class _IdleKernel:

@@ -12,6 +12,7 @@ both over the last --last steps.
     fast, again     the fused blocks, twice: how far two runs drift apart by the order of sums alone
     low             fused, memory low
     fp8             fused, products in fp8
+    cublas          fused, products by cuBLAS where quack's could run
     compiled        the modules under torch.compile, the loss by `token_logprobs`
     plain           the modules as they are, dense masks, whole logits in float32: the reference
 
@@ -37,11 +38,12 @@ from torch import Tensor
 from bench.step import MAX_DOCUMENTS, MEAN_DOCUMENT
 from data.packing import IGNORE, Batch, Piece, RowPacker, cut_document, make_batch
 from models.config import ModelConfig
+from models.products import choose_gemm
 from models.transformer import Transformer
 from train.loss import cross_entropy_loss, token_logprobs
 from utils.config import load_config
 
-RUNS = ("fast", "again", "low", "fp8", "compiled", "plain")
+RUNS = ("fast", "again", "low", "fp8", "cublas", "compiled", "plain")
 LONGEST_CHAIN = 8  # tokens that follow from each other
 
 
@@ -114,7 +116,10 @@ def build(
     if run == "compiled":
         model.compile_blocks()
     elif run != "plain":
-        model.fuse_blocks("low" if run == "low" else "fast", "fp8" if run == "fp8" else "bf16")
+        requested = "cublas" if run == "cublas" else "auto"
+        gemm, _ = choose_gemm(requested, device, dtype, [config.d_model, config.d_ffn])
+        memory, matmul = "low" if run == "low" else "fast", "fp8" if run == "fp8" else "bf16"
+        model.fuse_blocks(memory, matmul, gemm)
 
     def loss(batch: Batch) -> Tensor:
         if run not in ("plain", "compiled"):

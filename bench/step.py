@@ -7,7 +7,8 @@
 A variant is what runs the blocks, and settings of it, joined by +:
 
     plain, compiled, regional   the modules: as they are, all compiled, each block compiled
-    fused                       models/fused.py, with fast, balanced or low; with fp8
+    fused                       models/fused.py, with fast, balanced or low; with fp8; with cublas
+                                (by itself quack's products, where they can run)
     hf                          transformers' SmolLM3, torch.compile; with liger, eager
     bf16logits                  the head's logits in bf16
     apart                       rounding to fp8 and the gradient of the loss in passes of their own
@@ -40,6 +41,7 @@ from data.packing import IGNORE, Batch, RowPacker, cut_document, make_batch
 from models import elementwise, fused, products
 from models.config import GIB, ModelConfig
 from models.elementwise import WIDEST_ROW
+from models.products import choose_gemm
 from models.transformer import Transformer
 from train.loss import cross_entropy_loss, token_logprobs
 from utils.config import load_config
@@ -202,7 +204,9 @@ def build(
         model.final_norm.compile(dynamic=False)
     elif how == "fused":
         memory = next((m for m in ("fast", "balanced", "low") if m in settings), "fast")
-        model.fuse_blocks(memory, "fp8" if "fp8" in settings else "bf16")
+        requested = "cublas" if "cublas" in settings else "auto"
+        gemm, _ = choose_gemm(requested, device, dtype, [config.d_model, config.d_ffn])
+        model.fuse_blocks(memory, "fp8" if "fp8" in settings else "bf16", gemm)
     elif how != "plain":
         raise ValueError(f"no variant '{how}'")
     set_apart("apart" in settings)

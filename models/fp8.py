@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.elementwise import Rows, quantise_rows
+from models.elementwise import Rows, quantise_rows, swiglu, swiglu_backward
 
 FORMAT = torch.float8_e4m3fn
 MULTIPLE = 16  # of every dimension, for the tensor cores
@@ -47,17 +47,25 @@ def fp8_obstacle(device: torch.device, dtype: torch.dtype, sizes: list[int]) -> 
 
 @dataclass
 class Fp8Matrix:
-    """A weight (outputs, inputs) that is rounded to 8 bits as it is used."""
+    """A weight (outputs, inputs) rounded to 8 bits as it is used; see `models.products.Matrix`."""
 
     weight: Tensor
 
     def apply(self, x: Rows) -> Tensor:
-        """x (N, inputs) -> (N, outputs)."""
         return _product(x, self.weight)
 
     def input_gradient(self, grad: Rows) -> Tensor:
-        """Gradient (N, inputs) of x from that of the result (N, outputs)."""
         return _product(grad, self.weight.T.contiguous())
+
+    def add(self, x: Rows, stream: Tensor) -> tuple[Tensor, Tensor]:
+        return stream, self.apply(x)
+
+    def swiglu(self, x: Rows, product: bool, halves: bool) -> tuple[Tensor | None, Rows | None]:
+        gate_up = self.apply(x)
+        return gate_up if halves else None, swiglu(gate_up, FORMAT) if product else None
+
+    def swiglu_gradient(self, grad: Rows, gate_up: Tensor) -> tuple[Tensor, Rows]:
+        return swiglu_backward(gate_up, self.input_gradient(grad), FORMAT)
 
 
 def _product(a: Rows, b: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ The same function as `Block.forward`, of the same parameters, as one autograd fu
 
 - q, k and v are one product, and so are gate and up; the float32 weights are cast to bf16 side by
   side as they are used. Each weight's gradient comes out of its product in float32.
-- The residual stream travels as a pair (x, delta) whose sum is taken where the next norm reads it.
+- The residual stream travels as a pair (x, delta) whose sum is taken where the next norm reads it;
+  or the product adds to it, where its kernel can (`models/epilogues.py`), and there is no delta.
 - What is kept for the backward pass is chosen here, in `Keep`, and not by a compiler. The SwiGLU
   product is always computed again, in the same pass that needs its inputs anyway.
 
@@ -26,9 +27,18 @@ from torch import Tensor, nn
 from models import elementwise
 from models.attention import DocumentMask, attention
 from models.elementwise import Rows
+from models.epilogues import EpilogueMatrix
 from models.fp8 import Fp8Matrix
 from models.layers import Rotation
-from models.products import Matrix, pack, rounding_of, weight_gradient
+from models.products import (
+    Matrix,
+    Stream,
+    pack,
+    pack_gate_up,
+    rounding_of,
+    split_gate_up,
+    weight_gradient,
+)
 
 MEMORY = ("fast", "balanced", "low")
 """What a block keeps for its backward pass, in tokens x d_model (f = d_ffn / d_model):
@@ -38,6 +48,9 @@ balanced: without the norms' outputs and the stream between the two layers, whic
 elementwise passes and the product with o_proj: 3 fewer.
 low: the block's input alone: 1; everything but the last product is computed twice.
 """
+
+
+AnyMatrix = Matrix | Fp8Matrix | EpilogueMatrix
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,7 @@ class Settings:
     eps: float
     memory: str
     matmul: str
+    gemm: str
 
     @property
     def rounding(self) -> torch.dtype | None:
@@ -69,10 +83,6 @@ class Keep:
     gate_up: Tensor | None = None  # (N, 2F)
 
 
-Pair = tuple[Tensor, Tensor | None]
-"""The residual stream (N, C) as a sum of two; there is no second before the first block."""
-
-
 def fused_embedding(weight: Tensor, tokens: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """Rows of `weight` (V, C) times `scale`, (B, T, C) in `dtype`.
 
@@ -84,12 +94,13 @@ def fused_embedding(weight: Tensor, tokens: Tensor, scale: float, dtype: torch.d
 
 def fused_block(
     block: nn.Module,
-    stream: Pair,
+    stream: Stream,
     rotation: Rotation,
     mask: DocumentMask,
     memory: str,
     matmul: str,
-) -> Pair:
+    gemm: str,
+) -> Stream:
     """The stream after `block`, a `models.transformer.Block`.
 
     Args:
@@ -98,7 +109,7 @@ def fused_block(
     layer, ffn = block.attention, block.ffn
     heads, kv_heads = (p.weight.shape[0] // layer.head_dim for p in (layer.q_proj, layer.k_proj))
     eps = block.attention_norm.eps
-    settings = Settings(heads, kv_heads, layer.has_rope, eps, memory, matmul)
+    settings = Settings(heads, kv_heads, layer.has_rope, eps, memory, matmul, gemm)
     norms = block.attention_norm, block.ffn_norm
     linear = (layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj)
     linear += (ffn.gate_proj, ffn.up_proj, ffn.down_proj)
@@ -106,7 +117,7 @@ def fused_block(
     return _FusedBlock.apply(*stream, rotation, mask, settings, torch.is_grad_enabled(), *weights)
 
 
-def fused_norm(norm: nn.Module, stream: Pair) -> Tensor:
+def fused_norm(norm: nn.Module, stream: Stream) -> Tensor:
     """`norm`, a `models.layers.RMSNorm`, of the stream's sum."""
     return _FusedNorm.apply(*stream, norm.weight, norm.eps)
 
@@ -148,28 +159,25 @@ class _FusedNorm(torch.autograd.Function):
 class _Weights:
     """A block's matrices in the activations' dtype, each made as it is used."""
 
-    def __init__(self, weights: tuple[Tensor, ...], dtype: torch.dtype, matmul: str) -> None:
+    def __init__(self, weights: tuple[Tensor, ...], dtype: torch.dtype, settings: Settings) -> None:
         self.attention_norm, self.ffn_norm, *self._matrices = weights
-        self._dtype, self._matmul = dtype, matmul
-
-    def _packed(self, *which: int) -> Matrix | Fp8Matrix:
-        return pack([self._matrices[i] for i in which], self._dtype, self._matmul)
+        self._how = dtype, settings.matmul, settings.gemm
 
     @property
-    def qkv(self) -> Matrix | Fp8Matrix:
-        return self._packed(0, 1, 2)
+    def qkv(self) -> AnyMatrix:
+        return pack(self._matrices[:3], *self._how)
 
     @property
-    def o(self) -> Matrix | Fp8Matrix:
-        return self._packed(3)
+    def o(self) -> AnyMatrix:
+        return pack(self._matrices[3:4], *self._how)
 
     @property
-    def gate_up(self) -> Matrix | Fp8Matrix:
-        return self._packed(4, 5)
+    def gate_up(self) -> AnyMatrix:
+        return pack_gate_up(*self._matrices[4:6], *self._how)
 
     @property
-    def down(self) -> Matrix | Fp8Matrix:
-        return self._packed(6)
+    def down(self) -> AnyMatrix:
+        return pack(self._matrices[6:], *self._how)
 
 
 class _FusedBlock(torch.autograd.Function):
@@ -183,32 +191,36 @@ class _FusedBlock(torch.autograd.Function):
         settings: Settings,
         keep_any: bool,
         *weights: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        w = _Weights(weights, x.dtype, settings.matmul)
+    ) -> Stream:
+        w = _Weights(weights, x.dtype, settings)
         norms = keep_any and settings.memory == "fast"
         keep = Keep(*_norm(x.detach(), delta, w.attention_norm, settings, wide=norms))
-        _compute(keep, w, rotation, mask, settings, norms)
-        out = w.down.apply(elementwise.swiglu(keep.gate_up, settings.rounding))
-        middle = keep.middle
+        halves = keep_any and settings.memory != "low"
+        product = _compute(keep, w, rotation, mask, settings, norms, halves, product=True)
+        stream = w.down.add(product, keep.middle)
         if keep_any:
             # An alias, because a function that holds its own output is never freed.
-            keep.middle = middle.detach()
+            keep.middle = keep.middle.detach()
             ctx.keep = _reduced(keep, settings.memory)
             ctx.save_for_backward(*weights)
             ctx.rest = rotation, mask, settings, delta is not None
-        return middle, out
+        return stream
 
     @staticmethod
-    def backward(ctx: Any, grad_middle: Tensor, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_stream: Tensor, grad_out: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         weights, keep = ctx.saved_tensors, ctx.keep
         if keep is None:
             raise RuntimeError("backward through a fused block a second time: run it again")
         rotation, mask, settings, has_delta = ctx.rest
         ctx.keep = None  # memory is free as soon as it is used
-        w = _Weights(weights, grad_out.dtype, settings.matmul)
+        w = _Weights(weights, grad_stream.dtype, settings)
+        if grad_out is None:  # the stream was whole
+            grad_out = grad_stream = grad_stream.contiguous()
         with torch.no_grad():
-            _compute(keep, w, rotation, mask, settings, norms=True)
-            grad, *ffn = _ffn_backward(keep, w, grad_middle, grad_out, settings)
+            _compute(keep, w, rotation, mask, settings, norms=True, halves=True, product=False)
+            grad, *ffn = _ffn_backward(keep, w, grad_stream, grad_out, settings)
             grad, *attn = _attention_backward(keep, w, grad, rotation, settings)
         attention_norm, q, k, v, o = attn
         ffn_norm, gate, up, down = ffn
@@ -232,26 +244,32 @@ def _compute(
     mask: DocumentMask,
     settings: Settings,
     norms: bool,
-) -> None:
-    """Fills in what is missing, up to the gate and up projections.
+    halves: bool,
+    product: bool,
+) -> Rows | None:
+    """Fills in what is missing, up to the gate and up projections; returns their SwiGLU product.
 
     Args:
         norms: whether the norms' outputs, where they come by, stay for the weights' gradients.
+        halves: whether the gate and up projections stay.
+        product: whether the product is wanted.
     """
+    result = None
     if keep.attended is None:
         if keep.attention_normed is None:
             _, keep.attention_normed = _norm(keep.x, None, w.attention_norm, settings)
         keep.attended = _attend(keep.attention_normed, w, rotation, mask, settings)
         keep.attention_normed = _read(keep.attention_normed, norms)
     if keep.middle is None:
-        delta = w.o.apply(Rows(keep.attended[1].detach().flatten(0, 1).flatten(1)))
+        attended = Rows(keep.attended[1].detach().flatten(0, 1).flatten(1))
         again = keep.gate_up is not None
         keep.middle, keep.ffn_normed = _norm(
-            keep.x, delta, w.ffn_norm, settings, multiplied=not again, wide=norms
+            *w.o.add(attended, keep.x), w.ffn_norm, settings, multiplied=not again, wide=norms
         )
         if not again:
-            keep.gate_up = w.gate_up.apply(keep.ffn_normed)
+            keep.gate_up, result = w.gate_up.swiglu(keep.ffn_normed, product, halves)
         keep.ffn_normed = _read(keep.ffn_normed, norms)
+    return result
 
 
 def _read(rows: Rows, wide: bool) -> Rows | None:
@@ -324,14 +342,12 @@ def _ffn_backward(
     keep: Keep, w: _Weights, grad_middle: Tensor, grad_out: Tensor, settings: Settings
 ) -> tuple[Rows, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the middle of the stream and of ffn_norm, gate, up, down."""
-    grad_product = w.down.input_gradient(Rows(grad_out))  # (N, F)
-    product, grad_gate_up = elementwise.swiglu_backward(
-        keep.gate_up, grad_product, settings.rounding
-    )
+    product, grad_gate_up = w.down.swiglu_gradient(Rows(grad_out), keep.gate_up)
     keep.gate_up = None
     down = weight_gradient(grad_out, product)
-    del product, grad_product
-    gate, up = weight_gradient(grad_gate_up.wide, keep.ffn_normed.wide).chunk(2)
+    del product
+    gate_up = weight_gradient(grad_gate_up.wide, keep.ffn_normed.wide)
+    gate, up = split_gate_up(gate_up, settings.gemm)
     keep.ffn_normed = None
     if grad_gate_up.rounded:  # the widest tensor of all, and nothing reads it any more
         grad_gate_up.wide = None

@@ -109,14 +109,16 @@ class Transformer(nn.Module):
         self.blocks.compile(dynamic=False)
         self.final_norm.compile(dynamic=False)
 
-    def fuse_blocks(self, memory: str = "fast", matmul: str = "bf16") -> None:
+    def fuse_blocks(self, memory: str = "fast", matmul: str = "bf16", gemm: str = "cublas") -> None:
         """From now on `forward` runs the blocks as `models.fused` has them.
 
         Args:
             memory: one of `models.fused.MEMORY`.
             matmul: one of `models.products.MATMUL`.
+            gemm: one of `models.products.GEMM`; fp8 has products of its own.
         """
-        self.fused = {"memory": memory, "matmul": matmul}
+        gemm = "cublas" if matmul == "fp8" else gemm
+        self.fused = {"memory": memory, "matmul": matmul, "gemm": gemm}
 
     def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Hidden states after the final norm.

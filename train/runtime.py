@@ -9,7 +9,7 @@ import torch
 from models.config import ModelConfig
 from models.fp8 import fp8_obstacle
 from models.fused import MEMORY
-from models.products import MATMUL
+from models.products import GEMM, MATMUL, choose_gemm
 from models.transformer import Transformer
 from utils import distributed, seed
 from utils.config import Config, ConfigError, Problem
@@ -32,6 +32,8 @@ class RuntimeConfig(Config):
     """What a fused block keeps: fast, balanced (3/4, norms again), low (1/12, nearly all again)."""
     matmul: str = "bf16"
     """Matrix products of fused blocks: bf16 or fp8 (Ada, Hopper and later)."""
+    gemm: str = "auto"
+    """Whose bf16 products fused blocks use: quack (Hopper: SwiGLU within), cublas, or auto."""
     compile: bool | None = None
     """torch.compile blocks that are not fused; null: on CUDA."""
     deterministic: bool = False
@@ -42,7 +44,8 @@ class RuntimeConfig(Config):
             yield Problem(
                 ("precision",), f"precision ('{self.precision}') is none of auto, bf16, fp32"
             )
-        for key, allowed in (("memory", MEMORY), ("matmul", MATMUL)):
+        gemms = ("auto", *GEMM)
+        for key, allowed in (("memory", MEMORY), ("matmul", MATMUL), ("gemm", gemms)):
             value = getattr(self, key)
             if value not in allowed:
                 yield Problem((key,), f"{key} ('{value}') is none of {', '.join(allowed)}")
@@ -50,6 +53,8 @@ class RuntimeConfig(Config):
                 yield Problem(
                     (key, "fused"), f"{key} ('{value}') needs fused blocks, and fused is false"
                 )
+        if (self.matmul, self.gemm) == ("fp8", "quack"):
+            yield Problem(("gemm", "matmul"), "gemm ('quack') has no fp8; set auto")
 
 
 def start_devices(runtime: RuntimeConfig, run_seed: int) -> Distributed:
@@ -108,17 +113,24 @@ def build_model(
 def _fuse_or_compile(model: Transformer, runtime: RuntimeConfig) -> str:
     """Chooses how the training path runs; returns what to say of it."""
     config, on_gpu = model.config, model.device.type == "cuda"
-    asked = (runtime.memory, runtime.matmul) != ("fast", "bf16")
+    asked = (runtime.memory, runtime.matmul, runtime.gemm) != ("fast", "bf16", "auto")
     fused = runtime.fused
     if fused is None:
         fused = asked or (on_gpu and model.dtype == torch.bfloat16)
     if fused:
+        sizes = [config.d_model, config.n_kv_heads * config.head_dim, config.d_ffn]
         if runtime.matmul == "fp8":
-            sizes = [config.d_model, config.n_kv_heads * config.head_dim, config.d_ffn]
             if obstacle := fp8_obstacle(model.device, model.dtype, sizes):
                 raise ConfigError(f"runtime.matmul: fp8 cannot run: it {obstacle}")
-        model.fuse_blocks(runtime.memory, runtime.matmul)
-        return f"fused, memory {runtime.memory}, products in {runtime.matmul}"
+            model.fuse_blocks(runtime.memory, "fp8")
+            return f"fused, memory {runtime.memory}, products in fp8"
+        try:
+            gemm, why = choose_gemm(runtime.gemm, model.device, model.dtype, sizes)
+        except ValueError as error:
+            raise ConfigError(f"runtime.gemm: {error}") from error
+        model.fuse_blocks(runtime.memory, "bf16", gemm)
+        products = f"products in {runtime.matmul} by {gemm} ({why})" if on_gpu else "plain products"
+        return f"fused, memory {runtime.memory}, {products}"
     steps = "plain"
     if on_gpu if runtime.compile is None else runtime.compile:
         model.compile_blocks()

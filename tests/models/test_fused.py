@@ -8,8 +8,9 @@ from torch.utils._pytree import tree_leaves
 
 from models.config import ModelConfig
 from models.elementwise import Rows
+from models.epilogues import epilogue_obstacle
 from models.fused import MEMORY, _side_by_side
-from models.products import MATMUL
+from models.products import GEMM
 from models.transformer import Transformer
 from utils.seed import set_deterministic
 
@@ -49,10 +50,11 @@ def test_neighbours_in_one_tensor_are_joined_without_a_copy():
 
 
 @pytest.mark.parametrize("memory", MEMORY)
-def test_values_and_gradients_are_those_of_the_modules(model, documents, memory):
+@pytest.mark.parametrize("gemm", GEMM)
+def test_values_and_gradients_are_those_of_the_modules(model, documents, memory, gemm):
     batch = documents(model.config.vocab_size, 24, CUTS)
     expected = gradients(model, batch)
-    model.fuse_blocks(memory)
+    model.fuse_blocks(memory, gemm=gemm)
     ours = gradients(model, batch)
     # Norms, rotations and SwiGLU are float32 in the modules whatever the dtype.
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
@@ -72,14 +74,17 @@ def test_fp8_follows_float32_within_its_three_bits(tiny, documents, memory):
         assert relative_error(grad, exact[name]) < 0.15, name
 
 
-@pytest.mark.parametrize("matmul", MATMUL)
-def test_what_is_computed_again_is_the_same_to_the_bit(tiny, documents, matmul):
+PRODUCTS = [("bf16", "cublas"), ("bf16", "quack"), ("fp8", "cublas")]
+
+
+@pytest.mark.parametrize(("matmul", "gemm"), PRODUCTS)
+def test_what_is_computed_again_is_the_same_to_the_bit(tiny, documents, matmul, gemm):
     torch.manual_seed(0)
     model = Transformer(tiny)
     batch = documents(tiny.vocab_size, 24, CUTS)
     runs = []
     for memory in MEMORY:
-        model.fuse_blocks(memory, matmul)
+        model.fuse_blocks(memory, matmul, gemm)
         runs.append(gradients(model, batch))
     for hidden, grads in runs[1:]:
         assert torch.equal(hidden, runs[0][0])
@@ -90,11 +95,11 @@ KEPT = {"fast": 4 * 64 + 64 + 128 + 2 * 96, "balanced": 64 + 64 + 128 + 2 * 96, 
 
 
 @pytest.mark.parametrize(("memory", "numbers"), KEPT.items())
-@pytest.mark.parametrize("matmul", MATMUL)
-def test_a_block_keeps_what_its_mode_says(tiny, documents, memory, numbers, matmul):
+@pytest.mark.parametrize(("matmul", "gemm"), PRODUCTS)
+def test_a_block_keeps_what_its_mode_says(tiny, documents, memory, numbers, matmul, gemm):
     """Numbers kept of each token; what attention keeps for itself, a few more, not counted."""
     model = Transformer(tiny)
-    model.fuse_blocks(memory, matmul)
+    model.fuse_blocks(memory, matmul, gemm)
     batch = documents(tiny.vocab_size, 24, CUTS)
     norm = model(*batch).grad_fn.next_functions[0][0]
     block = norm.next_functions[0][0]
@@ -111,19 +116,21 @@ def relative_error(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-def test_evaluation_keeps_nothing_and_agrees(model, documents):
+@pytest.mark.parametrize("gemm", GEMM)
+def test_evaluation_keeps_nothing_and_agrees(model, documents, gemm):
     batch = documents(model.config.vocab_size, 24, CUTS)
-    model.fuse_blocks()
+    model.fuse_blocks(gemm=gemm)
     with torch.no_grad():
         hidden = model(*batch)
     assert hidden.grad_fn is None
     torch.testing.assert_close(hidden, model(*batch).detach(), rtol=0, atol=0)
 
 
-def test_micro_batches_accumulate(model, documents):
+@pytest.mark.parametrize("gemm", GEMM)
+def test_micro_batches_accumulate(model, documents, gemm):
     """Two backward passes into the same gradients add up."""
     batch = documents(model.config.vocab_size, 24, CUTS)
-    model.fuse_blocks()
+    model.fuse_blocks(gemm=gemm)
     model(*batch).sum().backward()
     single = {n: p.grad.clone() for n, p in model.named_parameters()}
     model(*batch).sum().backward()
@@ -153,9 +160,9 @@ def test_a_changed_weight_is_used_at_once(model, documents):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("memory", MEMORY)
-@pytest.mark.parametrize("matmul", ["bf16", "fp8"])
+@pytest.mark.parametrize(("matmul", "gemm"), PRODUCTS)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_fused_training_step_on_a_gpu(documents, memory, matmul, head_dim):
+def test_fused_training_step_on_a_gpu(documents, memory, matmul, gemm, head_dim):
     """Hidden states and gradients in bf16 against the modules in float32 on the CPU."""
     config = ModelConfig(
         vocab_size=512, d_model=6 * head_dim, n_layers=4, n_heads=6, n_kv_heads=2, d_ffn=512
@@ -164,7 +171,8 @@ def test_fused_training_step_on_a_gpu(documents, memory, matmul, head_dim):
     exact = Transformer(config)
     ours = Transformer(config, dtype=torch.bfloat16).cuda()
     ours.load_state_dict(exact.state_dict())
-    ours.fuse_blocks(memory, matmul)
+    needs_quack(ours, gemm)
+    ours.fuse_blocks(memory, matmul, gemm)
     for cuts in ([[100, 101], [37]], [[], [5, 128, 200]]):
         expected = gradients(exact, documents(config.vocab_size, 256, cuts))
         hidden, grads = gradients(ours, documents(config.vocab_size, 256, cuts, "cuda"))
@@ -173,16 +181,23 @@ def test_fused_training_step_on_a_gpu(documents, memory, matmul, head_dim):
         assert relative_error(*whole) < (0.03 if matmul == "bf16" else 0.15)
 
 
+def needs_quack(model, gemm):
+    if gemm == "quack" and (obstacle := epilogue_obstacle(model.device, model.dtype, [])):
+        pytest.skip(f"quack {obstacle}")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("memory", MEMORY)
-def test_a_deterministic_step_repeats_to_the_bit_on_a_gpu(documents, memory):
+@pytest.mark.parametrize("gemm", GEMM)
+def test_a_deterministic_step_repeats_to_the_bit_on_a_gpu(documents, memory, gemm):
     """Long rows of many documents, so that blocks of keys are summed by several programs."""
     config = ModelConfig(
         vocab_size=512, d_model=384, n_layers=2, n_heads=6, n_kv_heads=2, d_ffn=512
     )
     torch.manual_seed(0)
     model = Transformer(config, dtype=torch.bfloat16).cuda()
-    model.fuse_blocks(memory)
+    needs_quack(model, gemm)
+    model.fuse_blocks(memory, gemm=gemm)
     cuts = [[100, 700, 1500], [], [37, 38, 2000], [900]]
     batch = documents(config.vocab_size, 2048, cuts, "cuda")
     try:

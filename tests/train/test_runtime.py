@@ -43,11 +43,15 @@ def test_mistakes_are_named(values, rule):
     ("values", "fused", "compiled"),
     [
         ({}, None, False),  # on a CPU
-        ({"fused": True}, {"memory": "fast", "matmul": "bf16"}, False),
-        ({"memory": "low"}, {"memory": "low", "matmul": "bf16"}, False),
-        ({"matmul": "fp8"}, {"memory": "fast", "matmul": "fp8"}, False),
+        ({"fused": True}, {"memory": "fast", "matmul": "bf16", "gemm": "cublas"}, False),
+        ({"memory": "low"}, {"memory": "low", "matmul": "bf16", "gemm": "cublas"}, False),
+        ({"matmul": "fp8"}, {"memory": "fast", "matmul": "fp8", "gemm": "cublas"}, False),
         ({"compile": True}, None, True),
-        ({"fused": True, "compile": True}, {"memory": "fast", "matmul": "bf16"}, False),
+        (
+            {"fused": True, "compile": True},
+            {"memory": "fast", "matmul": "bf16", "gemm": "cublas"},
+            False,
+        ),
     ],
 )
 def test_which_form_the_blocks_take(cpu, values, fused, compiled):
@@ -95,7 +99,11 @@ def test_bf16_is_refused_on_a_gpu_without_it(monkeypatch):
     ("capability", "said", "fused"),
     [
         ((7, 5), "fp32 (bf16 needs compute capability 8.0 (Ampere) or later, not 7.5)", None),
-        ((8, 0), "bf16 (this GPU computes in it)", {"memory": "fast", "matmul": "bf16"}),
+        (
+            (8, 0),
+            "bf16 (this GPU computes in it)",
+            {"memory": "fast", "matmul": "bf16", "gemm": "cublas"},
+        ),
     ],
 )
 def test_what_a_gpu_gets_is_said(monkeypatch, capsys, capability, said, fused):
