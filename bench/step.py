@@ -13,6 +13,7 @@ A variant is what runs the blocks, and settings of it, joined by +:
     bf16logits                  the head's logits in bf16
     apart                       rounding to fp8 and the gradient of the loss in passes of their own
     padded                      cu_seqlens with room for 33 documents a row, most of them empty
+    deterministic               bit-identical repeats
     twopass                     the loss from token_logprobs, which multiplies by the head twice
 
 All see the same packed rows (documents of 676 tokens in the mean, exponentially distributed; tokens
@@ -26,6 +27,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
 import time
 import traceback
@@ -46,6 +48,7 @@ from models.transformer import Transformer
 from train.loss import cross_entropy_loss, token_logprobs
 from utils.config import load_config
 from utils.profile import gpu_time, gpu_time_table, trace_steps
+from utils.seed import set_deterministic
 
 MEAN_DOCUMENT = 676
 MAX_DOCUMENTS = 32
@@ -76,6 +79,7 @@ def main() -> None:
     args = parse_arguments()
     began = time.monotonic()
     device = torch.device(args.device)
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as in training
     torch.set_float32_matmul_precision("high")
     if device.type == "cuda":
         _, total = torch.cuda.mem_get_info()
@@ -210,6 +214,7 @@ def build(
     elif how != "plain":
         raise ValueError(f"no variant '{how}'")
     set_apart("apart" in settings)
+    set_deterministic("deterministic" in settings)
     logits = None if "bf16logits" in settings else torch.float32
 
     def loss(batch: Batch) -> Tensor:

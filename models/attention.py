@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,6 +103,8 @@ def _missing(module: str, function: str, install: str) -> str | None:
     The module alone proves nothing: flash-attn-4 leaves an empty `flash_attn` namespace, and a
     GPU library may fail while it loads with whatever it likes.
     """
+    # flash-attn-4 compiles for 20 seconds; kept on disk, a second process starts without.
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     try:
         getattr(importlib.import_module(module), function)
     except Exception as error:
