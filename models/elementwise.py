@@ -66,18 +66,20 @@ def add_norm_backward(
     grad_total: Tensor | None,
     eps: float,
     rounding: torch.dtype | None = None,
-) -> tuple[Rows, Tensor]:
+    again: bool = False,
+) -> tuple[Rows, Tensor, Tensor | None]:
     """Gradients of `add_norm`: of x and delta alike (N, C), and of the weight (C,) in float32.
 
     Args:
         grad_total: what reaches the stream past the norm; None: nothing.
         rounding: the 8-bit type to round the rows to as well; None: to none.
+        again: whether the norm's output is wanted once more; it is returned last.
     """
     if kernels := _kernels(total):
-        grad, to_weight, rounded = kernels.add_norm_backward(
-            total, weight, grad_normed, grad_total, eps, rounding
+        grad, to_weight, rounded, normed = kernels.add_norm_backward(
+            total, weight, grad_normed, grad_total, eps, rounding, again
         )
-        return Rows(grad, rounded), to_weight
+        return Rows(grad, rounded), to_weight, normed
     unit, scale = _unit(total, eps)
     upstream = grad_normed.to(unit.dtype)
     along = upstream * weight
@@ -85,7 +87,8 @@ def add_norm_backward(
     if grad_total is not None:
         grad = grad + grad_total
     grad = grad.to(total.dtype)
-    return Rows(grad, _rounded(grad, rounding)), (upstream * unit).sum(0)
+    normed = (weight * unit).to(total.dtype) if again else None
+    return Rows(grad, _rounded(grad, rounding)), (upstream * unit).sum(0), normed
 
 
 def rotate_heads(heads: Tensor, rotation: tuple[Tensor, Tensor], inverse: bool = False) -> None:

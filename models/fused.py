@@ -44,8 +44,8 @@ MEMORY = ("fast", "balanced", "low")
 """What a block keeps for its backward pass, in tokens x d_model (f = d_ffn / d_model):
 
 fast: all but the SwiGLU product: 4 + 2 (1 + kv heads / heads) + 2 f.
-balanced: without the norms' outputs and the stream between the two layers, which cost two
-elementwise passes and the product with o_proj: 3 fewer.
+balanced: without the norms' outputs, which come with their gradients again, and the stream between
+the two layers, which costs the product with o_proj: 3 fewer.
 low: the block's input alone: 1; everything but the last product is computed twice.
 """
 
@@ -152,7 +152,7 @@ class _FusedNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         total, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        to_stream, to_weight = elementwise.add_norm_backward(total, weight, grad, None, ctx.eps)
+        to_stream, to_weight, _ = elementwise.add_norm_backward(total, weight, grad, None, ctx.eps)
         return to_stream.wide, to_stream.wide if ctx.has_delta else None, to_weight, None
 
 
@@ -262,12 +262,12 @@ def _compute(
         keep.attention_normed = _read(keep.attention_normed, norms)
     if keep.middle is None:
         attended = Rows(keep.attended[1].detach().flatten(0, 1).flatten(1))
-        again = keep.gate_up is not None
-        keep.middle, keep.ffn_normed = _norm(
-            *w.o.add(attended, keep.x), w.ffn_norm, settings, multiplied=not again, wide=norms
-        )
-        if not again:
-            keep.gate_up, result = w.gate_up.swiglu(keep.ffn_normed, product, halves)
+        stream, delta = w.o.add(attended, keep.x)
+        if keep.gate_up is not None:  # then nothing multiplies the norm's output
+            keep.middle = stream if delta is None else stream + delta
+            return None
+        keep.middle, keep.ffn_normed = _norm(stream, delta, w.ffn_norm, settings, wide=norms)
+        keep.gate_up, result = w.gate_up.swiglu(keep.ffn_normed, product, halves)
         keep.ffn_normed = _read(keep.ffn_normed, norms)
     return result
 
@@ -282,16 +282,14 @@ def _norm(
     delta: Tensor | None,
     weight: Tensor,
     settings: Settings,
-    multiplied: bool = True,
     wide: bool = True,
 ) -> tuple[Tensor, Rows]:
     """`elementwise.add_norm` in the forms that are needed.
 
     Args:
-        multiplied: whether a product in the settings' precision reads the norm's output.
-        wide: whether a weight's gradient will.
+        wide: whether a weight's gradient will read the norm's output.
     """
-    rounding = settings.rounding if multiplied else None
+    rounding = settings.rounding
     return elementwise.add_norm(x, delta, weight, settings.eps, rounding, wide or rounding is None)
 
 
@@ -346,17 +344,16 @@ def _ffn_backward(
     keep.gate_up = None
     down = weight_gradient(grad_out, product)
     del product
-    gate_up = weight_gradient(grad_gate_up.wide, keep.ffn_normed.wide)
-    gate, up = split_gate_up(gate_up, settings.gemm)
-    keep.ffn_normed = None
-    if grad_gate_up.rounded:  # the widest tensor of all, and nothing reads it any more
-        grad_gate_up.wide = None
     grad_normed = w.gate_up.input_gradient(grad_gate_up)
-    del grad_gate_up
-    grad, norm = elementwise.add_norm_backward(
-        keep.middle, w.ffn_norm, grad_normed, grad_middle, settings.eps, settings.rounding
+    grad_gate_up = grad_gate_up.wide
+    again = keep.ffn_normed is None
+    grad, norm, normed = elementwise.add_norm_backward(
+        keep.middle, w.ffn_norm, grad_normed, grad_middle, settings.eps, settings.rounding, again
     )
-    return grad, norm, gate, up, down
+    del grad_normed
+    gate_up = weight_gradient(grad_gate_up, normed if again else keep.ffn_normed.wide)
+    keep.ffn_normed = None
+    return grad, norm, *split_gate_up(gate_up, settings.gemm), down
 
 
 def _attention_backward(
@@ -373,12 +370,12 @@ def _attention_backward(
     grad_qkv = _side_by_side([g.flatten(0, 1) for g in grads])
     del grads
     _rotate(grad_qkv, rotation, settings, inverse=True)
-    if keep.attention_normed is None:
-        _, keep.attention_normed = _norm(keep.x, None, w.attention_norm, settings, multiplied=False)
-    q, k, v = weight_gradient(grad_qkv, keep.attention_normed.wide).split(sizes)
-    keep.attention_normed = None
     grad_normed = w.qkv.input_gradient(Rows(grad_qkv))
-    grad, norm = elementwise.add_norm_backward(
-        keep.x, w.attention_norm, grad_normed, grad_middle.wide, settings.eps
+    again = keep.attention_normed is None
+    grad, norm, normed = elementwise.add_norm_backward(
+        keep.x, w.attention_norm, grad_normed, grad_middle.wide, settings.eps, again=again
     )
-    return grad.wide, norm, q, k, v, o
+    del grad_normed
+    qkv = weight_gradient(grad_qkv, normed if again else keep.attention_normed.wide)
+    keep.attention_normed = None
+    return grad.wide, norm, *qkv.split(sizes), o

@@ -110,9 +110,10 @@ def _add_norm(
 
 @triton.jit
 def _add_norm_backward(
-    total, weight, grad_normed, grad_total, grad, rounded, scales, partial, rows, eps, limit,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, ADD: tl.constexpr, ROUND: tl.constexpr,
-    STAGES: tl.constexpr,
+    total, weight, grad_normed, grad_total, grad, normed, rounded, scales, partial,
+    rows, eps, limit,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr,
+    ROUND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK_C)
     inside = column < C
@@ -131,6 +132,8 @@ def _add_norm_backward(
         scale = tl.rsqrt(square / C + eps)
         unit = x * scale
         grad_weight += upstream * unit
+        if NORM:
+            tl.store(normed + at, (w * unit).to(normed.dtype.element_ty), mask=inside)
         result = scale * (along - unit * (scale * overlap / C))
         if ADD:
             result += tl.load(grad_total + at, mask=inside, other=0.0).to(tl.float32)
@@ -173,22 +176,24 @@ def add_norm_backward(
     grad_total: Tensor | None,
     eps: float,
     rounding: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    again: bool = False,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None, Tensor | None]:
     rows, size = total.shape
     block = triton.next_power_of_2(size)
     warps = min(16, max(1, block // 256))  # 8 numbers, 16 bytes of bf16, for each thread
     at_once = 32 // warps * _multiprocessors(total.device)
     programs = min(rows, at_once)
     grad = torch.empty_like(total)
+    normed = torch.empty_like(total) if again else None
     rounded = None if rounding is None else _empty_rounded(rows, size, rounding, total.device)
     partial = torch.empty(programs, size, dtype=torch.float32, device=total.device)
     _add_norm_backward[(programs,)](
         total, weight, grad_normed, total if grad_total is None else grad_total, grad,
-        *(rounded or (grad, grad)), partial, rows, eps, _limit(rounding),
-        C=size, BLOCK_C=block, ADD=grad_total is not None, ROUND=rounded is not None, STAGES=3,
-        num_warps=warps,
+        normed if again else grad, *(rounded or (grad, grad)), partial, rows, eps, _limit(rounding),
+        C=size, BLOCK_C=block, ADD=grad_total is not None, NORM=again, ROUND=rounded is not None,
+        STAGES=3, num_warps=warps,
     )  # fmt: skip
-    return grad, partial.sum(0), rounded
+    return grad, partial.sum(0), rounded, normed
 
 
 # ---------------------------------------------------------------------------------------------

@@ -126,7 +126,8 @@ def test_kernels_are_their_definitions(hopper, n, inputs, outputs):
     assert to_gate_up.data_ptr() == place.data_ptr()
     check(product, expected[0])
     check(to_gate_up, expected[1])
-    assert torch.equal(product, ours[1])
+    # Of the halves as they were kept, while the forward pass took it before they were rounded.
+    check(product, exact(ours[1]))
 
 
 @pytest.mark.gpu
@@ -136,7 +137,7 @@ def test_a_gradient_written_over_its_input_is_the_one_beside_it(hopper):
     down = draw(768, 2048, dtype=torch.bfloat16, device="cuda")
     gate_up = draw(8192, 4096, dtype=torch.bfloat16, device="cuda")
     kernels = epilogues._kernels(grad)
-    beside = kernels._swiglu_gradient(grad, down, gate_up, config=kernels.SMALL, tuned=False)
+    beside = kernels._swiglu_gradient(grad, down, gate_up, config=kernels.WIDE, tuned=False)
     for _ in range(5):
         product, over = epilogues.swiglu_gradient(grad, down, gate_up.clone())
         assert torch.equal(over, beside["D"]) and torch.equal(product, beside["product"])
