@@ -276,6 +276,10 @@ class _IdleEpilogues:
         return a.new_empty(len(a), b.shape[1])
 
     @staticmethod
+    def wide_product(a: Tensor, b: Tensor) -> Tensor:
+        return a.new_empty(len(a), b.shape[1], dtype=torch.float32)
+
+    @staticmethod
     def swiglu(x: Tensor, weight: Tensor, halves: bool) -> tuple[Tensor | None, Tensor]:
         wide = weight.shape[1]
         return x.new_empty(len(x), wide) if halves else None, x.new_empty(len(x), wide // 2)

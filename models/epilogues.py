@@ -78,6 +78,13 @@ class EpilogueMatrix:
         return result, Rows(grad_gate_up)
 
 
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a (N, K) @ b (K, M) in float32; M is a multiple of `MULTIPLE`."""
+    if kernels := _kernels(a):
+        return kernels.wide_product(a, b)
+    return a.float() @ b.float()
+
+
 def product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
     """a (N, K) @ b (K, M) + added (N, M), rounded once."""
     if kernels := _kernels(a):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from data.packing import IGNORE, Batch
+from models import epilogues
 from models.config import HEAD_CHUNK_TOKENS
 from models.elementwise import cross_entropy_gradient, logits_gradient, softmax_statistics
 from models.transformer import Transformer
@@ -67,9 +68,10 @@ def cross_entropy_loss(
     """
     hidden = model(batch.tokens, batch.positions, batch.cu_seqlens).flatten(0, 1)  # (N, C)
     weight, targets = model.head_weight, batch.targets.flatten()
+    gemm = model.fused["gemm"] if model.fused else "cublas"
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
     loss, nll, penalty = _CrossEntropy.apply(
-        hidden, weight, targets, z_loss, _default_chunk(hidden), logits_dtype, wanted
+        hidden, weight, targets, z_loss, _default_chunk(hidden), logits_dtype, gemm, wanted
     )
     return loss, {"loss": nll, "z_loss": penalty} if z_loss else {"loss": nll}
 
@@ -86,6 +88,7 @@ class _CrossEntropy(torch.autograd.Function):
         z_loss: float,
         chunk_tokens: int,
         logits_dtype: torch.dtype | None,
+        gemm: str,
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
         weight = head_weight.to(_product_dtype(hidden, head_weight))
@@ -95,7 +98,7 @@ class _CrossEntropy(torch.autograd.Function):
         logz = torch.empty_like(logp)
         for rows in _chunks(len(hidden), chunk_tokens):
             chunk = hidden[rows].to(weight.dtype)  # (n, C)
-            logits = _product(chunk, weight.T, logits_dtype)  # (n, V)
+            logits = _product(chunk, weight.T, logits_dtype, gemm)  # (n, V)
             if not any(wanted):
                 logp[rows], logz[rows] = softmax_statistics(logits, targets[rows], IGNORE)
                 del logits
@@ -123,7 +126,7 @@ class _CrossEntropy(torch.autograd.Function):
             raise RuntimeError("backward through a cross-entropy a second time: compute it again")
         # A vector, because a number would first be rounded to the gradient's dtype.
         scaled = [g if g is None else g.mul_(grad.view(1)) for g in gradients]
-        return *scaled, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -181,9 +184,13 @@ def _product_dtype(hidden: Tensor, head_weight: Tensor) -> torch.dtype:
     return hidden.dtype if hidden.is_cuda else head_weight.dtype
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype | None = torch.float32) -> Tensor:
+def _product(
+    a: Tensor, b: Tensor, dtype: torch.dtype | None = torch.float32, gemm: str = "cublas"
+) -> Tensor:
     """a @ b with the sums kept in float32 (float64 for float64), returned in `dtype`."""
     if a.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32:
+        if gemm == "quack" and b.shape[1] % epilogues.MULTIPLE == 0:
+            return epilogues.wide_product(a, b)
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b
 

@@ -107,6 +107,9 @@ def test_kernels_are_their_definitions(hopper, n, inputs, outputs):
         ours = epilogues.product(x, weight.T, added)
         wide = exact(x) @ exact(weight.T)
         check(ours, wide if added is None else wide + exact(added))
+    wide = epilogues.wide_product(x, weight.T)
+    assert wide.dtype == torch.float32
+    assert (wide.double().cpu() - exact(x) @ exact(weight.T)).abs().max() < 1e-4 * x.abs().max()
     grad = half(n, outputs)
     check(epilogues.product(grad, weight), exact(grad) @ exact(weight))
 

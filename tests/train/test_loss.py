@@ -186,7 +186,7 @@ class Fixed:
     """A model whose hidden states are given."""
 
     def __init__(self, hidden, head_weight):
-        self.hidden, self.head_weight = hidden, head_weight
+        self.hidden, self.head_weight, self.fused = hidden, head_weight, None
 
     def __call__(self, *batch):
         return self.hidden
