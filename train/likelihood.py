@@ -8,7 +8,7 @@ Four things make it fast. Requests of all lengths lie in rows of one length, the
 the document mask of training: nothing is padded but the ends of rows. Only the states that predict
 a continuation reach the head, which costs as much as several layers. A request whose tokens begin
 another's is not computed: the answers " A", " B", " C" and " D" to one question all are read off
-its last state. And the host does little, because a GPU scores 40 short questions in a millisecond:
+its last state. And the host does little, because a GPU scores tens of requests in a millisecond:
 tokens are bytes and arrays, rows are planned and laid out a batch at a time, while the device
 computes the batch before.
 
