@@ -18,7 +18,7 @@ is learned.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -181,6 +181,33 @@ def best_fit(lengths: Iterable[int], seq_len: int, max_documents: int) -> list[l
     return rows
 
 
+def longest_first(lengths: Sequence[int], seq_len: int) -> Iterator[list[int]]:
+    """Which documents share a row, none of them cut: in each the longest that still fits is next.
+
+    The same rows as those of first fit decreasing (Johnson 1974), but one is finished before the
+    next is begun, so the first can be used while the last are not planned yet.
+
+    Args:
+        lengths: at least 1 and at most `seq_len` each.
+
+    Yields:
+        The documents' numbers in a row.
+    """
+    waiting: dict[int, list[int]] = {}  # length -> documents
+    for document in reversed(range(len(lengths))):
+        waiting.setdefault(lengths[document], []).append(document)
+    left = sum(1 << length for length in waiting)  # bit n is set where waiting[n] is not empty
+    while left:
+        row, room = [], seq_len
+        while fitting := left & ((2 << room) - 1):
+            length = fitting.bit_length() - 1
+            row.append(waiting[length].pop())
+            if not waiting[length]:
+                left -= 1 << length
+            room -= length
+        yield row
+
+
 class RowPlan:
     """Endless rows of whole documents: each epoch is shuffled and planned anew by `best_fit`.
 
@@ -234,6 +261,14 @@ class RowPlan:
         self.epoch, self.row = state["epoch"], state["row"]
 
 
+def document_bounds(ends: Sequence[int] | np.ndarray, step: int) -> np.ndarray:
+    """`cu_seqlens` of documents that end at `ends`: (n,) int32, n a multiple of `step`."""
+    bounds = np.full(-(-(len(ends) + 1) // step) * step, ends[-1], dtype=np.int32)
+    bounds[0] = 0
+    bounds[1 : len(ends) + 1] = ends
+    return bounds
+
+
 def make_batch(rows: list[Row], seq_len: int, max_documents: int) -> Batch:
     """Rows as tensors; room that a row left free is padding."""
     shape = (len(rows), seq_len)
@@ -255,10 +290,7 @@ def make_batch(rows: list[Row], seq_len: int, max_documents: int) -> Batch:
             ends.append((r + 1) * seq_len)
     # One entry more a row than pieces, for the padding.
     most = len(rows) * (max_documents + 1) + 1
-    bounds = min(-(-(len(ends) + 1) // BOUNDS_STEP) * BOUNDS_STEP, most)
-    cu_seqlens = np.full(bounds, len(rows) * seq_len, dtype=np.int32)
-    cu_seqlens[0] = 0
-    cu_seqlens[1 : len(ends) + 1] = ends
+    cu_seqlens = document_bounds(ends, BOUNDS_STEP)[:most]
     return Batch(
         tokens=torch.from_numpy(tokens),
         targets=torch.from_numpy(targets),

@@ -217,9 +217,10 @@ class HarnessModel(TemplateLM):
             parts.append((head, stripped, tail[len(stripped) :] + continuation))
         texts = list({t for _, tail, rest in parts for t in (tail, tail + rest)})
         ids = dict(zip(texts, self.text.encode_batch(texts), strict=True))
-        requests = []
+        requests, before, context = [], None, []
         for head, tail, rest in parts:
-            context = head + ids[tail] or [self.prefix_token_id]
+            if (head, tail) != before:  # one list for all answers to a question: `score` reads once
+                before, context = (head, tail), head + ids[tail] or [self.prefix_token_id]
             requests.append(Request(context, ids[tail + rest][len(ids[tail]) :]))
         return requests
 

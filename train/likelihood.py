@@ -4,12 +4,13 @@
     through the model   c c c c c d              every token but the last
     to the head                 h h              the states that predict the continuation
 
-Three things make it fast. Requests of all lengths lie in rows of one length, packed by best fit,
-longest first, with the document mask of training: nothing is padded but the ends of rows, and on a
-GPU every batch has the same shape, so that nothing is compiled twice. Only the states that predict
-a continuation reach the head, which costs as much as several layers. And a request whose tokens
-begin another's is not computed: the answers " A", " B", " C" and " D" to one question all are read
-off its last state.
+Four things make it fast. Requests of all lengths lie in rows of one length, the longest first, with
+the document mask of training: nothing is padded but the ends of rows. Only the states that predict
+a continuation reach the head, which costs as much as several layers. A request whose tokens begin
+another's is not computed: the answers " A", " B", " C" and " D" to one question all are read off
+its last state. And the host does little, because a GPU scores tens of requests in a millisecond:
+tokens are bytes and arrays, rows are planned and laid out a batch at a time, while the device
+computes the batch before.
 
 Left out: sharing a context among continuations of several tokens, which takes a mask that is a tree
 or a cache that forks. Four endings of 22 tokens to a context of 75 would come to 163 tokens and not
@@ -19,16 +20,17 @@ or a cache that forks. Four endings of 22 tokens to a context of 75 would come t
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.packing import IGNORE, Piece, best_fit, make_batch
+from data.packing import IGNORE, document_bounds, longest_first
 from data.tokenizer import Tokenizer
 from models.config import HEAD_CHUNK_TOKENS
 from models.elementwise import softmax_statistics
@@ -38,8 +40,12 @@ from models.transformer import Transformer
 # enough, and the mask of long rows takes memory.
 GPU_BATCH_TOKENS = 65_536
 CPU_BATCH_TOKENS = 4_096
-MAX_DOCUMENTS = 64  # in a row; fixed, because the kernels' shapes depend on it
 CPU_CHUNK_TOKENS = 256
+# flash-attn-4 compiles one kernel for up to 256 documents and one for more: here there are always
+# more, so that the other is not compiled in the middle of an evaluation.
+BOUNDS_STEP = 512
+ID = "i"  # a token among a request's bytes: a C int, as in `np.intc`
+ID_BYTES = array(ID).itemsize
 
 
 class Request(NamedTuple):
@@ -57,10 +63,22 @@ class Score(NamedTuple):
 
 
 @dataclass
-class _Document:
+class _Packed:
+    """Requests as bytes, `ID_BYTES` a token: nothing is compared, sorted and joined faster.
+
+    Attributes:
+        inputs: what the model reads of each, all but the last token.
+        targets: what is scored of each.
+    """
+
+    inputs: list[bytes]
+    targets: list[bytes]
+
+
+class _Document(NamedTuple):
     """Tokens that go through the model, and the requests that are answered by them."""
 
-    tokens: list[int]
+    tokens: bytes
     requests: list[int]
 
 
@@ -68,9 +86,9 @@ class _Document:
 class _Answers:
     """One batch's results on their way to the host."""
 
-    owners: np.ndarray  # (P,) the request of each scored token
-    logprobs: Tensor  # (P,) float32
-    greedy: Tensor  # (P,) bool
+    requests: list[int]  # R numbers
+    counts: np.ndarray  # (R,) tokens scored of each
+    results: Tensor  # (2, P) float32: log-probabilities, and 1 where a token is the likeliest
     arrived: Callable[[], None]
 
 
@@ -86,8 +104,8 @@ def score(
 
     Args:
         batch_tokens: tokens that go through the model at once; None: as many as suit the device.
-        same_shape: all rows have the context's length and all batches as many; else they are as
-            small as the requests allow. None: on a GPU.
+        same_shape: all rows have the context's length and all batches as many, also the last;
+            None: where another shape would be compiled for.
 
     Raises:
         ValueError: an empty context or continuation, or one longer than the model's context.
@@ -95,107 +113,132 @@ def score(
     if not requests:
         return
     on_gpu = model.device.type == "cuda"
-    same_shape = on_gpu if same_shape is None else same_shape
+    same_shape = _compiles(model) if same_shape is None else same_shape
     limit = model.config.max_seq_len
-    _check(requests, limit)
-    documents = _share([_inputs(request, limit) for request in requests])
-    longest = len(documents[0].tokens)
-    seq_len = limit if same_shape else longest
-    packed = best_fit((len(d.tokens) for d in documents), seq_len, MAX_DOCUMENTS)
-    tokens = batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS)
-    rows = max(1, tokens // seq_len)
+    packed = _pack(requests, limit)
+    documents = _share(packed.inputs)
+    lengths = [len(document.tokens) // ID_BYTES for document in documents]
+    # A GPU's kernels are told how long a row is, and may be built anew for another length.
+    seq_len = limit if same_shape or on_gpu else lengths[0]
+    rows = max(1, (batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS)) // seq_len)
+    plan = longest_first(lengths, seq_len)
     before: _Answers | None = None
-    for start in range(0, len(packed), rows):
-        members = [[documents[i] for i in row] for row in packed[start : start + rows]]
+    while some := list(islice(plan, rows)):
         if same_shape:
-            members += [[]] * (rows - len(members))
-        answers = _launch(model, members, requests, seq_len)
+            some += [[]] * (rows - len(some))
+        answers = _launch(model, [[documents[i] for i in row] for row in some], packed, seq_len)
         if before is not None:  # read while the device computes the next batch
             yield _collect(before)
         before = answers
     yield _collect(before)
 
 
-def _check(requests: Sequence[Request], limit: int) -> None:
+def _compiles(model: Transformer) -> bool:
+    """Whether a batch of a shape not seen before is compiled for; the fused blocks' kernels and
+    those that take `cu_seqlens` serve any number of rows."""
+    return model.compiled or model.attention_kernel()[0] == "flex"
+
+
+def _pack(requests: Sequence[Request], limit: int) -> _Packed:
+    """What the model reads and what is scored, checked and cut to `limit` tokens."""
+    packed, last, front = _Packed([], []), None, b""
     for i, (context, continuation) in enumerate(requests):
         if not len(context) or not 0 < len(continuation) <= limit:
             raise ValueError(
                 f"request {i} has {len(context):,} tokens of context and {len(continuation):,} to "
                 f"score: at least 1 of each, and at most {limit:,} to score, the model's context"
             )
+        if context is not last:  # the answers to a question come one after the other
+            last, front = context, array(ID, context).tobytes()
+        wanted = array(ID, continuation).tobytes()
+        packed.inputs.append((front + wanted[:-ID_BYTES])[-limit * ID_BYTES :])
+        packed.targets.append(wanted)
+    return packed
 
 
-def _inputs(request: Request, limit: int) -> list[int]:
-    return [*request.context, *request.continuation][-(limit + 1) : -1]
-
-
-def _share(inputs: list[list[int]]) -> list[_Document]:
+def _share(inputs: list[bytes]) -> list[_Document]:
     """The documents to compute, longest first; what begins another one is part of it.
 
-    In lexicographic order what begins with x follows x, so one comparison with the successor tells.
+    In the order of bytes what begins with x follows x, so one comparison with the successor tells.
     """
     documents: list[_Document] = []
     for i in sorted(range(len(inputs)), key=inputs.__getitem__, reverse=True):
-        tokens = inputs[i]
-        if documents and documents[-1].tokens[: len(tokens)] == tokens:
+        if documents and documents[-1].tokens.startswith(inputs[i]):
             documents[-1].requests.append(i)
         else:
-            documents.append(_Document(tokens, [i]))
-    return sorted(documents, key=lambda d: len(d.tokens), reverse=True)
+            documents.append(_Document(inputs[i], [i]))
+    return sorted(documents, key=lambda document: len(document.tokens), reverse=True)
 
 
 @torch.no_grad()
 def _launch(
-    model: Transformer,
-    rows: list[list[_Document]],
-    requests: Sequence[Request],
-    seq_len: int,
+    model: Transformer, rows: list[list[_Document]], packed: _Packed, seq_len: int
 ) -> _Answers:
     """Put a batch to work; on a GPU this returns before it is done."""
-    pieces = [[_piece(document) for document in row] for row in rows]
-    batch = make_batch(pieces, seq_len, MAX_DOCUMENTS).to(model.device)
-    places, targets, owners = _wanted(rows, requests, seq_len)
-    hidden = model(batch.tokens, batch.positions, batch.cu_seqlens).flatten(0, 1)  # (N, C)
-    logprobs, greedy = target_scores(
-        hidden[_to(places, model.device)], model.head_weight, _to(targets, model.device)
+    documents = [document for row in rows for document in _filled(row, seq_len)]
+    tokens = [document.tokens for document in documents]
+    sizes = _lengths(tokens)
+    ends = sizes.cumsum()
+    starts = ends - sizes
+    numbers, counts, places, targets = _wanted(documents, starts, packed)
+    arrays = (
+        document_bounds(ends, BOUNDS_STEP),  # first, and so aligned as if it were alone
+        np.frombuffer(b"".join(tokens), np.intc),
+        np.arange(ends[-1]) - np.repeat(starts, sizes),
+        places,
+        targets,
     )
+    bounds, *others = _to(model.device, *arrays)
+    tokens, positions, places, targets = (values.long() for values in others)
+    shape = len(rows), seq_len
+    hidden = model(tokens.view(shape), positions.view(shape), bounds).flatten(0, 1)  # (N, C)
+    logprobs, greedy = target_scores(hidden[places], model.head_weight, targets)
+    results = torch.stack((logprobs, greedy.to(logprobs.dtype)))
     if model.device.type != "cuda":
-        return _Answers(owners, logprobs, greedy, lambda: None)
-    copies = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in (logprobs, greedy)]
-    for copy, values in zip(copies, (logprobs, greedy), strict=True):
-        copy.copy_(values, non_blocking=True)
+        return _Answers(numbers, counts, results, lambda: None)
+    copy = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
+    copy.copy_(results, non_blocking=True)
     event = torch.cuda.Event()
     event.record()
-    return _Answers(owners, *copies, event.synchronize)
+    return _Answers(numbers, counts, copy, event.synchronize)
 
 
-def _piece(document: _Document) -> Piece:
-    tokens = np.array(document.tokens, dtype=np.int64)
-    return Piece(tokens, np.full_like(tokens, IGNORE))  # its targets are in `_wanted`
+def _filled(row: list[_Document], seq_len: int) -> list[_Document]:
+    """A row and, as a document that answers nothing, the room that it leaves."""
+    room = seq_len * ID_BYTES - sum(len(document.tokens) for document in row)
+    return [*row, _Document(bytes(room), [])] if room else row
 
 
-def _to(values: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+def _lengths(texts: list[bytes]) -> np.ndarray:
+    """In tokens."""
+    return np.fromiter(map(len, texts), np.int64, len(texts)) // ID_BYTES
 
 
 def _wanted(
-    rows: list[list[_Document]], requests: Sequence[Request], seq_len: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each scored token its place in the flattened rows, its id, and its request's number."""
-    numbers, ends = [], []
-    for r, row in enumerate(rows):
-        at = r * seq_len
-        for document in row:
-            for i in document.requests:
-                numbers.append(i)
-                ends.append(at + min(sum(map(len, requests[i])) - 1, seq_len))
-            at += len(document.tokens)
-    continuations = [requests[i].continuation for i in numbers]
-    counts = np.array([len(c) for c in continuations])
-    targets = np.fromiter(chain.from_iterable(continuations), dtype=np.int64, count=counts.sum())
-    first = np.repeat(np.array(ends) - counts.cumsum(), counts)
-    return first + np.arange(len(targets)), targets, np.repeat(numbers, counts)
+    documents: list[_Document], starts: np.ndarray, packed: _Packed
+) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
+    """The requests that documents answer and how many tokens are scored of each; then the place of
+    each scored token in the flattened rows, and its id.
+
+    Args:
+        starts: where the documents begin there.
+    """
+    numbers = [i for document in documents for i in document.requests]
+    ends = np.repeat(starts, [len(document.requests) for document in documents])
+    ends += _lengths([packed.inputs[i] for i in numbers])
+    wanted = [packed.targets[i] for i in numbers]
+    counts = _lengths(wanted)
+    targets = np.frombuffer(b"".join(wanted), np.intc)
+    places = np.repeat(ends - counts.cumsum(), counts) + np.arange(len(targets))
+    return numbers, counts, places, targets
+
+
+def _to(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
+    """Arrays as int32 tensors, sent in one piece; to a GPU without blocking the host."""
+    whole = torch.from_numpy(np.concatenate(arrays, dtype=np.int32, casting="same_kind"))
+    if device.type == "cuda":
+        whole = whole.pin_memory().to(device, non_blocking=True)
+    return list(whole.split([len(values) for values in arrays]))
 
 
 def target_scores(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,11 +269,11 @@ def target_scores(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> tuple
 def _collect(answers: _Answers) -> list[tuple[int, Score]]:
     """Wait for a batch; add up each request's tokens, in float64 and in their order."""
     answers.arrived()
-    numbers, places = np.unique(answers.owners, return_inverse=True)
-    sums = np.bincount(places, weights=answers.logprobs.double().numpy())
-    missed = np.bincount(places, weights=~answers.greedy.numpy())
-    rows = zip(numbers.tolist(), sums.tolist(), missed.tolist(), strict=True)
-    return [(number, Score(total, not wrong)) for number, total, wrong in rows]
+    logprobs, greedy = answers.results.double().numpy()
+    owners = np.repeat(np.arange(len(answers.requests)), answers.counts)
+    sums = np.bincount(owners, weights=logprobs).tolist()
+    all_greedy = (np.bincount(owners, weights=greedy) == answers.counts).tolist()
+    return list(zip(answers.requests, map(Score, sums, all_greedy), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------

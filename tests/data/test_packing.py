@@ -7,7 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.packing import IGNORE, Batch, RowPacker, best_fit, cut_document, make_batch, pack_rows
+from data.packing import (
+    IGNORE,
+    Batch,
+    RowPacker,
+    best_fit,
+    cut_document,
+    longest_first,
+    make_batch,
+    pack_rows,
+)
 
 documents_strategy = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 shapes = {"seq_len": st.integers(2, 16), "max_documents": st.integers(1, 6)}
@@ -118,3 +127,17 @@ def test_best_fit_against_the_obvious(lengths):
         rooms.append(min(fitting, default=20) - length)
     rows = best_fit(lengths, 20, max_documents=40)
     assert sorted(rooms) == sorted(20 - sum(lengths[i] for i in row) for row in rows)
+
+
+@given(lengths=st.lists(st.integers(1, 20), max_size=40))
+def test_longest_first_is_first_fit_decreasing(lengths):
+    """Against putting each document, the longest first, into the first row with room for it."""
+    expected = []
+    for document in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        for row in expected:
+            if sum(lengths[i] for i in row) + lengths[document] <= 20:
+                row.append(document)
+                break
+        else:
+            expected.append([document])
+    assert list(longest_first(lengths, 20)) == expected

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +15,16 @@ from data import builtin
 from data.tokenizer import TokenizerConfig, train_tokenizer
 from models.config import ModelConfig
 from models.transformer import Transformer
-from train.likelihood import Request, Score, _share, bits_per_byte, score, target_scores, windows
+from train.likelihood import (
+    Request,
+    Score,
+    _pack,
+    _share,
+    bits_per_byte,
+    score,
+    target_scores,
+    windows,
+)
 from train.loss import token_logprobs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +116,49 @@ def test_on_request_every_batch_has_the_same_shape(model, monkeypatch):
     for count in (1, 7, 40):
         collect(model, random_requests(count), 480, True)
     assert shapes == {((10, 48), (10, 48))}
+    monkeypatch.setattr(model, "compiled", True)  # by itself where another shape costs
+    collect(model, random_requests(7), 480)
+    assert len(shapes) == 1
+
+
+def test_the_last_batch_has_the_rows_that_are_left(model, monkeypatch):
+    """And there is one kernel for all batches: see BOUNDS_STEP."""
+    shapes = []
+    forward = model.forward
+
+    def seen(tokens: torch.Tensor, positions: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+        shapes.append(tokens.shape)
+        assert len(bounds) == 512 and (bounds.diff() >= 0).all()
+        assert (bounds[0], bounds[-1]) == (0, tokens.numel())
+        return forward(tokens, positions, bounds)
+
+    monkeypatch.setattr(model, "forward", seen)
+    requests = [Request([1] * 20 + [i], [2]) for i in range(23)]  # two to a row
+    collect(model, requests, 48 * 5, True)
+    assert shapes == [(5, 48)] * 3
+    shapes.clear()
+    collect(model, [*requests, Request([3] * 48, [2])], 48 * 5)
+    assert shapes == [(5, 48), (5, 48), (3, 48)]
+
+
+tokens_of_three = st.lists(st.integers(0, 2), min_size=1, max_size=60)
+
+
+@given(
+    contexts=st.lists(
+        st.tuples(tokens_of_three, st.lists(tokens_of_three, min_size=1, max_size=3)),
+        min_size=1, max_size=8,
+    ),
+    batch_tokens=st.integers(1, 500),
+    same_shape=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=30, deadline=None)
+def test_scores_do_not_depend_on_the_company(model, contexts, batch_tokens, same_shape):
+    """Contexts that begin one another, answers that share one, any size of a batch."""
+    requests = [Request(c, a[: SHAPE.max_seq_len]) for c, answers in contexts for a in answers]
+    ours = collect(model, requests, batch_tokens, same_shape)
+    expected = [alone(model, request) for request in requests]
+    assert [o.logprob for o in ours] == pytest.approx([e.logprob for e in expected], abs=1e-4)
 
 
 @pytest.mark.gpu
@@ -123,11 +176,12 @@ def test_on_a_gpu_scores_are_those_of_the_cpu_within_bf16():
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=30))
 @settings(max_examples=200, deadline=None)
 def test_what_begins_another_request_is_not_computed(inputs):
-    documents = _share(inputs)
+    requests = [Request(tokens, [7]) for tokens in inputs]
+    documents = _share(_pack(requests, 100).inputs)
+    texts = [np.frombuffer(d.tokens, np.intc).tolist() for d in documents]
     assert sorted(i for d in documents for i in d.requests) == list(range(len(inputs)))
-    for document in documents:
-        assert all(document.tokens[: len(inputs[i])] == inputs[i] for i in document.requests)
-    texts = [d.tokens for d in documents]
+    for text, document in zip(texts, documents, strict=True):
+        assert all(text[: len(inputs[i])] == inputs[i] for i in document.requests)
     assert not any(
         a[: len(b)] == b for i, a in enumerate(texts) for j, b in enumerate(texts) if i != j
     )
