@@ -31,7 +31,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from models.config import ModelConfig
 from models.layers import Linear, Rotation, rotate
@@ -203,15 +202,21 @@ def _compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
-# torch 2.11 serves grouped queries unasked; later versions want to be asked.
-_VARLEN_OPTIONS = {"window_size": (-1, 0)}
-if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-    _VARLEN_OPTIONS["enable_gqa"] = True
-
-
 def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask) -> Tensor:
     bounds, longest = mask.cu_seqlens, mask.max_seqlen
-    return varlen_attn(q, k, v, bounds, bounds, longest, longest, **_VARLEN_OPTIONS)
+    return _varlen_kernel()(q, k, v, bounds, bounds, longest, longest)
+
+
+@functools.cache
+def _varlen_kernel() -> Callable:
+    """torch's, causal; not imported before it is used, because it brings torch._dynamo: 2.5 s."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = {"window_size": (-1, 0)}
+    # torch 2.11 serves grouped queries unasked; later versions want to be asked.
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    return functools.partial(varlen_attn, **options)
 
 
 def _fa2(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask) -> Tensor:

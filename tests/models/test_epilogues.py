@@ -129,8 +129,8 @@ def test_kernels_are_their_definitions(hopper, n, inputs, outputs):
     assert to_gate_up.data_ptr() == place.data_ptr()
     check(product, expected[0])
     check(to_gate_up, expected[1])
-    # Of the halves as they were kept, while the forward pass took it before they were rounded.
-    check(product, exact(ours[1]))
+    # The forward pass took it of the halves before they were rounded: three roundings apart.
+    assert (product.double() - ours[1].double()).norm() < 1e-2 * ours[1].double().norm()
 
 
 @pytest.mark.gpu
