@@ -17,6 +17,7 @@ pass from one product's tiles to the next one's (measured: no gain at 160M).
 import functools
 import importlib
 from dataclasses import dataclass
+from importlib.metadata import version
 from types import ModuleType
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from models.elementwise import Rows
 
+QUACK = "0.6"  # its language of epilogues is young
 MULTIPLE = 8  # of every dimension: rows begin at multiples of 16 bytes
 
 
@@ -45,10 +47,16 @@ def epilogue_obstacle(device: torch.device, dtype: torch.dtype, sizes: list[int]
 
 @functools.cache
 def _missing() -> str | None:
+    install = f"`pip install 'quack-kernels=={QUACK}.*'`"
     try:
+        found = version("quack-kernels")
+        if not found.startswith(f"{QUACK}."):
+            return (
+                f"is {found}, and the epilogues are written for {QUACK}; install it with {install}"
+            )
         importlib.import_module("models.epilogue_kernels")
     except Exception as error:  # a GPU library may fail while it loads with whatever it likes
-        return f"cannot be imported ({error}), install it with `pip install quack-kernels`"
+        return f"cannot be imported ({error}), install it with {install}"
     return None
 
 

@@ -1,5 +1,7 @@
 """Products with what follows them: the definitions, and quack's kernels against them on Hopper."""
 
+from importlib.metadata import PackageNotFoundError
+
 import pytest
 import torch
 
@@ -74,6 +76,34 @@ def test_the_gradient_of_gate_and_up_is_autograd_s():
 def test_obstacles_are_named():
     assert epilogue_obstacle(torch.device("cpu"), torch.float32, [7]) is None
     assert "not mps" in epilogue_obstacle(torch.device("mps"), torch.bfloat16, [])
+
+
+@pytest.mark.parametrize(
+    ("found", "obstacle"),
+    [("0.7.1", "is 0.7.1, and the epilogues are written for 0.6"), (None, "cannot be imported")],
+)
+def test_another_quack_is_not_tried(monkeypatch, found, obstacle):
+    def version(package):
+        if found is None:
+            raise PackageNotFoundError(package)
+        return found
+
+    monkeypatch.setattr(epilogues, "version", version)
+    epilogues._missing.cache_clear()
+    assert obstacle in epilogues._missing()
+    assert "quack-kernels==0.6.*" in epilogues._missing()
+    epilogues._missing.cache_clear()
+
+
+def test_obstacles_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(epilogues, "_missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    cuda = torch.device("cuda")
+    assert epilogue_obstacle(cuda, torch.bfloat16, [768, 2048]) is None
+    assert "bf16, not float16" in epilogue_obstacle(cuda, torch.float16, [768])
+    assert "not [90]" in epilogue_obstacle(cuda, torch.bfloat16, [768, 90])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert "compute capability 9), not 8" in epilogue_obstacle(cuda, torch.bfloat16, [768])
 
 
 @pytest.fixture

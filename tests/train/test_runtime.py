@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models import epilogues
 from models.config import ModelConfig
 from models.transformer import Transformer
 from train.runtime import RuntimeConfig, build_model, choose_precision
@@ -29,6 +30,9 @@ def cpu() -> Distributed:
         ({"precision": "fp16"}, "precision ('fp16') is none of auto, bf16, fp32"),
         ({"memory": "none"}, "memory ('none') is none of fast, balanced, low"),
         ({"matmul": "int8"}, "matmul ('int8') is none of bf16, fp8"),
+        ({"gemm": "blas"}, "gemm ('blas') is none of auto, quack, cublas"),
+        ({"gemm": "quack", "matmul": "fp8"}, "gemm ('quack') has no fp8; set auto"),
+        ({"gemm": "quack", "fused": False}, "gemm ('quack') needs fused blocks"),
         ({"memory": "low", "fused": False}, "memory ('low') needs fused blocks"),
         ({"matmul": "fp8", "fused": False}, "matmul ('fp8') needs fused blocks"),
     ],
@@ -46,6 +50,7 @@ def test_mistakes_are_named(values, rule):
         ({"fused": True}, {"memory": "fast", "matmul": "bf16", "gemm": "cublas"}, False),
         ({"memory": "low"}, {"memory": "low", "matmul": "bf16", "gemm": "cublas"}, False),
         ({"matmul": "fp8"}, {"memory": "fast", "matmul": "fp8", "gemm": "cublas"}, False),
+        ({"gemm": "quack"}, {"memory": "fast", "matmul": "bf16", "gemm": "quack"}, False),
         ({"compile": True}, None, True),
         (
             {"fused": True, "compile": True},
@@ -116,9 +121,25 @@ def test_what_a_gpu_gets_is_said(monkeypatch, capsys, capability, said, fused):
     assert model.fused == fused
     (line,) = capsys.readouterr().out.splitlines()
     assert said in line
+    if fused:
+        assert "in bf16 by cublas (quack needs Hopper (compute capability 9), not 8)" in line
     if fused is None:
         assert "attention: flex (" in line
         assert "blocks: compiled (not fused: by itself in bf16 alone)" in line
+
+
+def test_quack_is_used_on_hopper_and_refused_elsewhere(monkeypatch, capsys):
+    monkeypatch.setattr(Transformer, "to", lambda self, device: self)
+    monkeypatch.setattr(Transformer, "device", torch.device("cuda"))
+    monkeypatch.setattr(epilogues, "_missing", lambda: None)
+    gpu = Distributed(rank=0, world_size=1, local_rank=0, device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert build_model(TINY, runtime(), gpu).fused["gemm"] == "quack"
+    assert "in bf16 by quack (the fastest on this device)" in capsys.readouterr().out
+    assert build_model(TINY, runtime(gemm="cublas"), gpu).fused["gemm"] == "cublas"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(ConfigError, match=r"runtime.gemm: quack cannot run: it needs Hopper"):
+        build_model(TINY, runtime(gemm="quack"), gpu)
 
 
 @pytest.mark.gpu
