@@ -51,7 +51,7 @@ FAMILIES = {
     "short answers": ((30, 0.4), (5, 0.6), 4),
     "letters": ((110, 0.6), None, 4),
 }
-BATCH_SIZES = (64, 128, 256, 512)
+BATCH_SIZES = (16, 64, 128, 256, 512)
 TRIED = 8  # batch sizes are tried on one request in so many
 REPEATS = 3
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The figures of bench/README.md that need a GPU, part by part; each part's table, and the files in runs/bench.
+# Figures of training and scoring that need a GPU, part by part; each part's table, and the files in runs/bench.
 #
-#   bash bench/figures.sh                    # all, about 15 minutes on one H200
+#   bash bench/figures.sh                    # all, about 20 minutes on one H200, projected
 #   bash bench/figures.sh step160 loop160    # some
 #   TEXT=configs/pretrain_160m.yaml bash bench/figures.sh parity    # losses compared on a config's text
 set -uo pipefail
@@ -17,7 +17,7 @@ run() { # NAME COMMAND...
   echo "== $name: $*"
   "$@" > "$out/$name.log" 2>&1 || echo "   exit status $?, see $out/$name.log"
   # Everything but JSON, progress and libraries' warnings.
-  grep -vE '^\{|[Ww]arn' "$out/$name.log" | tail -n "${LINES_SHOWN:-14}" | cut -c 1-220
+  grep -vE '^\{|Warning:|warnings?\.warn|_warn_once' "$out/$name.log" | tail -n "${LINES_SHOWN:-14}" | cut -c 1-220
   echo "   $((SECONDS - began)) s"
 }
 step() { run "$1" python -m bench.step --shape "$2" --micro-batch "$3" --steps 5 --rounds 2 --variants "$4"; }

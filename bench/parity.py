@@ -121,7 +121,9 @@ def build(
         model.compile_blocks()
     elif run != "plain":
         requested = "cublas" if run == "cublas" else "auto"
-        gemm, _ = choose_gemm(requested, device, dtype, [config.d_model, config.d_ffn])
+        sizes = [config.d_model, config.n_kv_heads * config.head_dim, config.d_ffn]
+        gemm, why = choose_gemm(requested, device, dtype, sizes)
+        print(f"{run}: products by {gemm} ({why})", flush=True)
         memory, matmul = "low" if run == "low" else "fast", "fp8" if run == "fp8" else "bf16"
         model.fuse_blocks(memory, matmul, gemm)
 

@@ -13,7 +13,7 @@ A variant is what runs the blocks, and settings of it, joined by +:
     bf16logits                  the head's logits in bf16
     apart                       rounding to fp8 and the gradient of the loss in passes of their own
     padded                      cu_seqlens with room for 33 documents a row, most of them empty
-    deterministic               bit-identical repeats
+    deterministic               bit-identical repeats; give it alone, what cuBLAS is told stays told
     twopass                     the loss from token_logprobs, which multiplies by the head twice
 
 All see the same packed rows (documents of 676 tokens in the mean, exponentially distributed; tokens
@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import statistics
 import time
 import traceback
@@ -46,6 +45,7 @@ from models.elementwise import WIDEST_ROW
 from models.products import choose_gemm
 from models.transformer import Transformer
 from train.loss import cross_entropy_loss, token_logprobs
+from train.runtime import use_expandable_segments
 from utils.config import load_config
 from utils.profile import gpu_time, gpu_time_table, trace_steps
 from utils.seed import set_deterministic
@@ -79,7 +79,7 @@ def main() -> None:
     args = parse_arguments()
     began = time.monotonic()
     device = torch.device(args.device)
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as in training
+    use_expandable_segments()
     torch.set_float32_matmul_precision("high")
     if device.type == "cuda":
         _, total = torch.cuda.mem_get_info()
@@ -209,7 +209,10 @@ def build(
     elif how == "fused":
         memory = next((m for m in ("fast", "balanced", "low") if m in settings), "fast")
         requested = "cublas" if "cublas" in settings else "auto"
-        gemm, _ = choose_gemm(requested, device, dtype, [config.d_model, config.d_ffn])
+        sizes = [config.d_model, config.n_kv_heads * config.head_dim, config.d_ffn]
+        gemm, why = choose_gemm(requested, device, dtype, sizes)
+        if "fp8" not in settings:
+            print(f"{variant}: products by {gemm} ({why})", flush=True)
         model.fuse_blocks(memory, "fp8" if "fp8" in settings else "bf16", gemm)
     elif how != "plain":
         raise ValueError(f"no variant '{how}'")

@@ -18,7 +18,9 @@ Grouped queries: Ainslie et al. 2023. Left out: dropout, sliding windows, paged 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import getpass
 import importlib
 import inspect
 import os
@@ -102,8 +104,11 @@ def _missing(module: str, function: str, install: str) -> str | None:
     The module alone proves nothing: flash-attn-4 leaves an empty `flash_attn` namespace, and a
     GPU library may fail while it loads with whatever it likes.
     """
-    # flash-attn-4 compiles for 20 seconds; kept on disk, a second process starts without.
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    # flash-attn-4 compiles for 20 seconds; kept on disk, a second process starts without. The disk
+    # cache wants the user's name, which there need not be in a container.
+    with contextlib.suppress(KeyError, OSError):
+        getpass.getuser()
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     try:
         getattr(importlib.import_module(module), function)
     except Exception as error:
@@ -124,6 +129,7 @@ class DocumentMask:
         max_seqlen: upper bound of a document's length; constant, so that nothing is recompiled.
         allowed: (B, 1, T, keys) bool, for dense.
         blocks: BlockMask, for flex.
+        varlen: torch's kernel, for varlen.
         deterministic: the backward pass sums in a fixed order (slower); varlen follows torch's
             global setting by itself, flex and dense need nothing.
     """
@@ -133,6 +139,7 @@ class DocumentMask:
     max_seqlen: int = 0
     allowed: Tensor | None = None
     blocks: Any = None
+    varlen: Callable | None = None
     deterministic: bool = False
 
 
@@ -146,7 +153,10 @@ def document_mask(cu_seqlens: Tensor, shape: tuple[int, int], kernel: str) -> Do
     """
     if kernel in ("fa4", "fa2", "varlen"):
         deterministic = torch.are_deterministic_algorithms_enabled()
-        return DocumentMask(kernel, cu_seqlens, shape[1], deterministic=deterministic)
+        varlen = _varlen_kernel() if kernel == "varlen" else None
+        return DocumentMask(
+            kernel, cu_seqlens, shape[1], varlen=varlen, deterministic=deterministic
+        )
     tokens = torch.arange(shape[0] * shape[1], device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens[1:], tokens, right=True).view(shape)  # (B, T)
     if kernel == "dense":
@@ -204,7 +214,7 @@ def _compiled(function: Callable) -> Callable:
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask) -> Tensor:
     bounds, longest = mask.cu_seqlens, mask.max_seqlen
-    return _varlen_kernel()(q, k, v, bounds, bounds, longest, longest)
+    return mask.varlen(q, k, v, bounds, bounds, longest, longest)
 
 
 @functools.cache

@@ -40,9 +40,9 @@ def test_small_blocks_have_segments_of_their_own():
 
 @pytest.mark.parametrize(("rows", "memory"), [(48, "balanced"), (32, "fast")])
 def test_600m_in_fp8_fits_80_gb_cards(rows, memory):
-    """Measured, a step takes 0.4 to 2.1 GiB more than predicted; 76 GiB are the limit."""
+    """A step reserves 0.4 to 1.4 GiB more than it allocates, measured; 76 GiB are the limit."""
     config = load_config(ModelConfig, SHAPE)
     predicted = predict(config, rows, memory, "fp8", accumulate=memory == "fast")
-    assert predicted.peak_reserved < 74 * GIB
-    assert predicted.peak_live > 60 * GIB
+    assert 60 * GIB < predicted.peak_live < 74 * GIB
+    assert predicted.peak_reserved < 76 * GIB
     assert not torch.empty(1).is_cuda

@@ -45,12 +45,13 @@ class RuntimeConfig(Config):
             yield Problem(
                 ("precision",), f"precision ('{self.precision}') is none of auto, bf16, fp32"
             )
+        plain = ("fast", "bf16", "auto", "cublas")
         gemms = ("auto", *GEMM)
         for key, allowed in (("memory", MEMORY), ("matmul", MATMUL), ("gemm", gemms)):
             value = getattr(self, key)
             if value not in allowed:
                 yield Problem((key,), f"{key} ('{value}') is none of {', '.join(allowed)}")
-            elif value != allowed[0] and self.fused is False:
+            elif value not in plain and self.fused is False:
                 yield Problem(
                     (key, "fused"), f"{key} ('{value}') needs fused blocks, and fused is false"
                 )
@@ -60,14 +61,22 @@ class RuntimeConfig(Config):
 
 def start_devices(runtime: RuntimeConfig, run_seed: int) -> Distributed:
     """Process group, device, memory, seeds and determinism."""
-    # Before the first allocation. Without it 3 GiB of 75 lie in gaps that no tensor fits (600M).
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    use_expandable_segments()
     if runtime.deterministic:
         seed.set_deterministic(True)
     dist = distributed.setup()
     seed.seed_everything(run_seed)
     torch.set_float32_matmul_precision("high" if not runtime.deterministic else "highest")
     return dist
+
+
+def use_expandable_segments() -> None:
+    """Before the first allocation on a GPU, and unless the user has set the allocator up.
+
+    Without it 3 GiB of 75 lie in gaps that no tensor fits (600M).
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
@@ -116,7 +125,7 @@ def build_model(
 def _fuse_or_compile(model: Transformer, runtime: RuntimeConfig) -> str:
     """Chooses how the training path runs; returns what to say of it."""
     config, on_gpu = model.config, model.device.type == "cuda"
-    asked = (runtime.memory, runtime.matmul, runtime.gemm) != ("fast", "bf16", "auto")
+    asked = (runtime.memory, runtime.matmul) != ("fast", "bf16") or runtime.gemm == "quack"
     fused = runtime.fused
     if fused is None:
         fused = asked or (on_gpu and model.dtype == torch.bfloat16)
