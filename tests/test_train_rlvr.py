@@ -104,7 +104,8 @@ def config(tmp_path):
             "prompts": 6, "group_size": 16, "max_new_tokens": 4, "seq_len": 64, "minibatches": 2,
             "max_completions_per_row": 4,
         },
-        "optim": {"lr": 5e-3, "weight_decay": 0.0},
+        # At 5e-3 two of the three colours are learnt on some processors, all of them on others.
+        "optim": {"lr": 3e-3, "weight_decay": 0.0},
         "schedule": {"kind": "cosine", "warmup_steps": 2},
         "train": {
             "micro_batch": 4, "steps": STEPS, "log_every": 3, "eval_every": 10, "save_every": 5,
