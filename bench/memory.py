@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data.packing import Batch
-from models import elementwise, epilogues
+from models import elementwise
 from models.config import GIB, ModelConfig
 from models.transformer import Transformer
 from train import loss
@@ -255,12 +255,12 @@ class _Attention(torch.autograd.Function):
 def pretended_gpu() -> Iterator[None]:
     """Tensors say that they are on a GPU; its kernels do nothing."""
     kernels = {name: _idle(name) for name in ("kernels", "loss_kernels")}
+    kernels["epilogue_kernels"] = _IdleEpilogues
     fused, transformer = sys.modules["models.fused"], sys.modules["models.transformer"]
     with contextlib.ExitStack() as patches:
         for target, name, value in (
             (torch.Tensor, "is_cuda", True),
             (elementwise, "_load", kernels.get),
-            (epilogues, "_kernels", lambda _: _IdleEpilogues),
             (loss, "_add_product", lambda total, a, b: None),
             (fused, "attention", lambda q, k, v, mask: _Attention.apply(q, k, v)),
             (transformer, "document_mask", lambda *_: None),

@@ -50,7 +50,7 @@ def add_norm(
         rounding: the 8-bit type to round the norm's output to as well; None: to none.
         wide: whether the output is wanted in the activations' dtype.
     """
-    if kernels := _kernels(x):
+    if kernels := kernels_for(x):
         total, normed, rounded = kernels.add_norm(x, delta, weight, eps, rounding, wide)
         return total, Rows(normed, rounded)
     total = x if delta is None else x + delta
@@ -75,7 +75,7 @@ def add_norm_backward(
         rounding: the 8-bit type to round the rows to as well; None: to none.
         again: whether the norm's output is wanted once more; it is returned last.
     """
-    if kernels := _kernels(total):
+    if kernels := kernels_for(total):
         grad, to_weight, rounded, normed = kernels.add_norm_backward(
             total, weight, grad_normed, grad_total, eps, rounding, again
         )
@@ -100,7 +100,7 @@ def rotate_heads(heads: Tensor, rotation: tuple[Tensor, Tensor], inverse: bool =
         rotation: cosines and sines (N, D/2) of the angles.
         inverse: turn the other way: the gradient.
     """
-    if kernels := _kernels(heads):
+    if kernels := kernels_for(heads):
         kernels.rotate_heads(heads, rotation, inverse)
         return
     cos, sin = (x[:, None] for x in rotation)  # (N, 1, D/2)
@@ -115,11 +115,11 @@ def swiglu(gate_up: Tensor, rounding: torch.dtype | None = None) -> Rows:
     Args:
         rounding: the 8-bit type to return it in; None: the activations' dtype.
     """
-    if kernels := _kernels(gate_up):
+    if kernels := kernels_for(gate_up):
         if rounding is None:
             return Rows(kernels.swiglu(gate_up))
         return Rows(None, kernels.swiglu_rounded(gate_up, rounding))
-    gate, up = _wide(gate_up).chunk(2, -1)
+    gate, up = widened(gate_up).chunk(2, -1)
     product = (F.silu(gate) * up).to(gate_up.dtype)
     return Rows(product if rounding is None else None, _rounded(product, rounding))
 
@@ -134,11 +134,11 @@ def swiglu_backward(
     Args:
         rounding: the 8-bit type to round the gradient to as well; None: to none.
     """
-    if kernels := _kernels(gate_up):
+    if kernels := kernels_for(gate_up):
         product, grad_gate_up, rounded = kernels.swiglu_backward(gate_up, grad, rounding)
         return product, Rows(grad_gate_up, rounded)
-    gate, up = _wide(gate_up).chunk(2, -1)
-    sigmoid, upstream = gate.sigmoid(), _wide(grad)
+    gate, up = widened(gate_up).chunk(2, -1)
+    sigmoid, upstream = gate.sigmoid(), widened(grad)
     silu = gate * sigmoid
     to_gate = upstream * up * (sigmoid + silu * (1 - sigmoid))
     grad_gate_up = torch.cat((to_gate, upstream * silu), -1).to(grad.dtype)
@@ -147,9 +147,9 @@ def swiglu_backward(
 
 def softmax_statistics(logits: Tensor, targets: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
     """Each target's log-probability (0 where ignored) and log Z, (n,), of `logits` (n, V)."""
-    if kernels := _kernels(logits, "loss_kernels"):
+    if kernels := kernels_for(logits, "loss_kernels"):
         return kernels.softmax_statistics(logits, targets, ignored)
-    logits = _wide(logits)
+    logits = widened(logits)
     logz = logits.logsumexp(-1)
     picked = logits.gather(-1, targets.clamp(min=0)[:, None]).squeeze(-1)
     return (picked - logz).where(targets != ignored, 0), logz
@@ -168,9 +168,9 @@ def logits_gradient(
 
     It may be written over `logits`.
     """
-    if kernels := _kernels(logits, "loss_kernels"):
+    if kernels := kernels_for(logits, "loss_kernels"):
         return kernels.logits_gradient(logits, logz, targets, to_logp, to_logz, dtype, ignored)
-    logits = _wide(logits)
+    logits = widened(logits)
     counts = targets != ignored
     to_target = to_logp.where(counts, 0)[:, None]
     spread = (to_logz - to_logp).where(counts, 0)[:, None]
@@ -185,7 +185,7 @@ def cross_entropy_gradient(
 
     The loss is -log p(target) + z_loss (log Z)^2. Its gradient may be written over `logits`.
     """
-    kernels = _kernels(logits, "loss_kernels")
+    kernels = kernels_for(logits, "loss_kernels")
     if kernels and logits.shape[1] <= WIDEST_ROW:
         return kernels.cross_entropy_gradient(logits, targets, z_loss, dtype, ignored)
     logp, logz = softmax_statistics(logits, targets, ignored)
@@ -199,7 +199,7 @@ def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
     A row's largest number becomes the largest of the type.
     """
-    if kernels := _kernels(x):
+    if kernels := kernels_for(x):
         return kernels.quantise_rows(x, dtype)
     limit = torch.finfo(dtype).max
     scales = x.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / limit
@@ -212,16 +212,17 @@ def _rounded(x: Tensor, rounding: torch.dtype | None) -> tuple[Tensor, Tensor] |
 
 def _unit(total: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Rows scaled to a root mean square of 1, and the scale (N, 1)."""
-    wide = _wide(total)
+    wide = widened(total)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return wide * scale, scale
 
 
-def _wide(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
+    """In float32, in which everything here is computed; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _kernels(x: Tensor, module: str = "kernels") -> ModuleType | None:
+def kernels_for(x: Tensor, module: str = "kernels") -> ModuleType | None:
     """The Triton kernels, where `x` is on a GPU."""
     return _load(module) if x.is_cuda else None
 

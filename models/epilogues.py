@@ -18,13 +18,12 @@ import functools
 import importlib
 from dataclasses import dataclass
 from importlib.metadata import version
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.elementwise import Rows
+from models.elementwise import Rows, kernels_for, swiglu_backward, widened
 
 QUACK = "0.6"  # its language of epilogues is young
 MULTIPLE = 8  # of every dimension: rows begin at multiples of 16 bytes
@@ -89,24 +88,24 @@ class EpilogueMatrix:
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a (N, K) @ b (K, M) in float32; M is a multiple of `MULTIPLE`."""
-    if kernels := _kernels(a):
+    if kernels := kernels_for(a, "epilogue_kernels"):
         return kernels.wide_product(a, b)
     return a.float() @ b.float()
 
 
 def product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
     """a (N, K) @ b (K, M) + added (N, M), rounded once."""
-    if kernels := _kernels(a):
+    if kernels := kernels_for(a, "epilogue_kernels"):
         return kernels.product(a, b, added)
-    wide = _wide(a) @ _wide(b)
+    wide = widened(a) @ widened(b)
     return (wide if added is None else wide + added).to(a.dtype)
 
 
 def swiglu(x: Tensor, weight: Tensor, halves: bool) -> tuple[Tensor | None, Tensor]:
     """x (N, K) @ weight (K, 2F), whose columns alternate, if wanted; and its SwiGLU (N, F)."""
-    if kernels := _kernels(x):
+    if kernels := kernels_for(x, "epilogue_kernels"):
         return kernels.swiglu(x, weight, halves)
-    wide = _wide(x) @ _wide(weight)
+    wide = widened(x) @ widened(weight)
     result = (F.silu(wide[:, 0::2]) * wide[:, 1::2]).to(x.dtype)
     return wide.to(x.dtype) if halves else None, result
 
@@ -118,21 +117,9 @@ def swiglu_gradient(grad: Tensor, weight: Tensor, gate_up: Tensor) -> tuple[Tens
         grad: (N, K), of the SwiGLU times `weight` transposed.
         weight: (K, F).
     """
-    if kernels := _kernels(grad):
+    if kernels := kernels_for(grad, "epilogue_kernels"):
         return kernels.swiglu_gradient(grad, weight, gate_up)
-    upstream = _wide(grad) @ _wide(weight)
-    gate, up = _wide(gate_up[:, 0::2]), _wide(gate_up[:, 1::2])
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
-    to_gate = upstream * up * (sigmoid + silu * (1 - sigmoid))
-    result = (silu * up).to(grad.dtype)
-    gate_up[:, 0::2], gate_up[:, 1::2] = to_gate, upstream * silu
-    return result, gate_up
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _kernels(x: Tensor) -> ModuleType | None:
-    return importlib.import_module("models.epilogue_kernels") if x.is_cuda else None
+    halves = torch.cat((gate_up[:, 0::2], gate_up[:, 1::2]), 1)
+    result, to_halves = swiglu_backward(halves, widened(grad) @ widened(weight))
+    gate_up[:, 0::2], gate_up[:, 1::2] = to_halves.wide.chunk(2, 1)
+    return result.to(grad.dtype), gate_up

@@ -169,7 +169,7 @@ def test_a_gradient_written_over_its_input_is_the_one_beside_it(hopper):
     grad = draw(8192, 768, dtype=torch.bfloat16, device="cuda")
     down = draw(768, 2048, dtype=torch.bfloat16, device="cuda")
     gate_up = draw(8192, 4096, dtype=torch.bfloat16, device="cuda")
-    kernels = epilogues._kernels(grad)
+    kernels = elementwise.kernels_for(grad, "epilogue_kernels")
     beside = kernels._swiglu_gradient(grad, down, gate_up, config=kernels.WIDE, tuned=False)
     for _ in range(5):
         product, over = epilogues.swiglu_gradient(grad, down, gate_up.clone())
