@@ -41,7 +41,6 @@ from bench.step import MAX_DOCUMENTS, MEAN_DOCUMENT
 from data.packing import IGNORE, Batch, Piece, RowPacker, cut_document, make_batch
 from data.streaming import PretrainLoader
 from models.config import ModelConfig
-from models.products import choose_gemm
 from models.transformer import Transformer
 from train.loss import cross_entropy_loss, token_logprobs
 from utils.config import load_config
@@ -121,8 +120,7 @@ def build(
         model.compile_blocks()
     elif run != "plain":
         requested = "cublas" if run == "cublas" else "auto"
-        sizes = [config.d_model, config.n_kv_heads * config.head_dim, config.d_ffn]
-        gemm, why = choose_gemm(requested, device, dtype, sizes)
+        gemm, why = model.choose_gemm(requested)
         print(f"{run}: products by {gemm} ({why})", flush=True)
         memory, matmul = "low" if run == "low" else "fast", "fp8" if run == "fp8" else "bf16"
         model.fuse_blocks(memory, matmul, gemm)

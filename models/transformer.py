@@ -25,6 +25,7 @@ from models.config import ModelConfig
 from models.fused import fused_block, fused_embedding, fused_norm
 from models.kv_cache import KVCache
 from models.layers import RMSNorm, Rotation, SwiGLU, rotary_angles
+from models.products import choose_gemm
 
 
 class Block(nn.Module):
@@ -102,6 +103,13 @@ class Transformer(nn.Module):
             ValueError: the requested kernel cannot run there.
         """
         return choose_kernel(self.requested_kernel, self.device, self.dtype, self.config.head_dim)
+
+    def choose_gemm(self, requested: str) -> tuple[str, str]:
+        """Whose products fused blocks can use on the model's device, and the reason; see
+        `models.products.choose_gemm`."""
+        config = self.config
+        sizes = [config.d_model, config.n_kv_heads * config.head_dim, config.d_ffn]
+        return choose_gemm(requested, self.device, self.dtype, sizes)
 
     def compile_blocks(self) -> None:
         """Compiles the training path at its next call, once for each shape of batch it meets."""

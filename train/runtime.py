@@ -10,7 +10,7 @@ import torch
 from models.config import ModelConfig
 from models.fp8 import fp8_obstacle
 from models.fused import MEMORY
-from models.products import GEMM, MATMUL, choose_gemm
+from models.products import GEMM, MATMUL
 from models.transformer import Transformer
 from utils import distributed, seed
 from utils.config import Config, ConfigError, Problem
@@ -130,16 +130,16 @@ def _fuse_or_compile(model: Transformer, runtime: RuntimeConfig) -> str:
     if fused is None:
         fused = asked or (on_gpu and model.dtype == torch.bfloat16)
     if fused:
-        sizes = [config.d_model, config.n_kv_heads * config.head_dim, config.d_ffn]
         if runtime.matmul == "fp8":
+            sizes = [config.d_model, config.n_kv_heads * config.head_dim, config.d_ffn]
             if obstacle := fp8_obstacle(model.device, model.dtype, sizes):
                 raise ConfigError(f"runtime.matmul: fp8 cannot run: it {obstacle}")
             model.fuse_blocks(runtime.memory, "fp8")
             return f"fused, memory {runtime.memory}, products in fp8"
         try:
-            gemm, why = choose_gemm(runtime.gemm, model.device, model.dtype, sizes)
+            gemm, why = model.choose_gemm(runtime.gemm)
         except ValueError as error:
-            raise ConfigError(f"runtime.gemm: {error}") from error
+            raise ConfigError(f"runtime.gemm: {error}; set auto") from error
         model.fuse_blocks(runtime.memory, "bf16", gemm)
         products = f"products in {runtime.matmul} by {gemm} ({why})" if on_gpu else "plain products"
         return f"fused, memory {runtime.memory}, {products}"
