@@ -29,7 +29,10 @@ loop() {
 for part in "${parts[@]}"; do
   case $part in
     tests) run tests python -m pytest -m gpu tests/models tests/train -p no:cacheprovider -v ;;
-    step160) step step160 160m 96 fused,fused+cublas,fused+fp8,fused+deterministic ;;
+    step160)
+      step step160 160m 96 fused,fused+cublas,fused+fp8
+      step deterministic160 160m 96 fused+deterministic # alone: what cuBLAS is told stays told
+      ;;
     step600) step step600 600m 32 fused,fused+cublas,fused+fp8 ;;
     low)
       step low160 160m 96 fused+low

@@ -11,7 +11,7 @@ A variant is what runs the blocks, and settings of it, joined by +:
                                 (by itself quack's products, where they can run)
     hf                          transformers' SmolLM3, torch.compile; with liger, eager
     bf16logits                  the head's logits in bf16
-    apart                       rounding to fp8 and the gradient of the loss in passes of their own
+    apart                       the gradient of the loss in a pass of its own
     padded                      cu_seqlens with room for 33 documents a row, most of them empty
     deterministic               bit-identical repeats; give it alone, what cuBLAS is told stays told
     twopass                     the loss from token_logprobs, which multiplies by the head twice
@@ -39,10 +39,9 @@ import torch
 from torch import Tensor
 
 from data.packing import IGNORE, Batch, RowPacker, cut_document, make_batch
-from models import elementwise, fused, products
+from models import elementwise
 from models.config import GIB, ModelConfig
 from models.elementwise import WIDEST_ROW
-from models.products import choose_gemm
 from models.transformer import Transformer
 from train.loss import cross_entropy_loss, token_logprobs
 from train.runtime import use_expandable_segments
@@ -209,14 +208,13 @@ def build(
     elif how == "fused":
         memory = next((m for m in ("fast", "balanced", "low") if m in settings), "fast")
         requested = "cublas" if "cublas" in settings else "auto"
-        sizes = [config.d_model, config.n_kv_heads * config.head_dim, config.d_ffn]
-        gemm, why = choose_gemm(requested, device, dtype, sizes)
+        gemm, why = model.choose_gemm(requested)
         if "fp8" not in settings:
             print(f"{variant}: products by {gemm} ({why})", flush=True)
         model.fuse_blocks(memory, "fp8" if "fp8" in settings else "bf16", gemm)
     elif how != "plain":
         raise ValueError(f"no variant '{how}'")
-    set_apart("apart" in settings)
+    elementwise.WIDEST_ROW = 0 if "apart" in settings else WIDEST_ROW
     set_deterministic("deterministic" in settings)
     logits = None if "bf16logits" in settings else torch.float32
 
@@ -227,12 +225,6 @@ def build(
         return cross_entropy_loss(model, batch, logits_dtype=logits)[0]
 
     return model, loss
-
-
-def set_apart(apart: bool) -> None:
-    """Undoes, for comparison, what one kernel does where there used to be two."""
-    fused.rounding_of = (lambda matmul: None) if apart else products.rounding_of
-    elementwise.WIDEST_ROW = 0 if apart else WIDEST_ROW
 
 
 def measure(
