@@ -45,10 +45,10 @@ from pathlib import Path
 import torch
 
 from bench.shards import configured_stores, drawn_stores
-from bench.step import build, synchronize
+from bench.step import MEMORY_LIMIT_GIB, build, limit_memory, synchronize
 from data.packing import Batch
 from data.streaming import Prefetcher, PretrainLoader
-from models.config import ModelConfig
+from models.config import GIB, ModelConfig
 from models.transformer import Transformer
 from optim.optimizer import OptimConfig, make_optimizer
 from optim.scheduler import Schedule, ScheduleConfig
@@ -77,12 +77,14 @@ class Round:
         first_loss: of the step before all others; None where nothing is logged.
         saves: checkpoints within the timed steps.
         allocations: calls of cudaMalloc there.
+        reserved_gib: the most that the allocator held, in the process so far.
     """
 
     step_ms: list[float]
     first_loss: float | None
     saves: int = 0
     allocations: int = 0
+    reserved_gib: float = 0.0
 
     @property
     def mean(self) -> float:
@@ -112,7 +114,8 @@ class Marks:
         timed = pairwise(self.at[self.warmup :])
         on_gpu = self.device.type == "cuda"
         times = [a.elapsed_time(b) if on_gpu else (b - a) * 1e3 for a, b in timed]
-        return Round(times, first_loss, saves, allocations)
+        reserved = torch.cuda.max_memory_reserved() / GIB if on_gpu else 0.0
+        return Round(times, first_loss, saves, allocations, reserved)
 
 
 def _allocations(device: torch.device) -> int:
@@ -158,6 +161,7 @@ def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     began = time.monotonic()
     device = torch.device(args.device)
+    limit_memory(device, args.limit_gib)
     torch.set_float32_matmul_precision("high")
     shape = load_config(ModelConfig, f"configs/model/smol_{args.shape}.yaml")
     torch.manual_seed(0)
@@ -202,6 +206,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("overrides", nargs="*", metavar="KEY=VALUE", help="of that config")
     add("--folder", help="for checkpoints and drawn shards; default: the system's for such files")
     add("--budget-seconds", type=float, default=540)
+    add("--limit-gib", type=float, default=MEMORY_LIMIT_GIB, help="of the GPU's memory")
     add("--profile", action="store_true", help="GPU time by kind of work, and idle time")
     add("--out", default="runs/bench", help="folder of the profiler's traces")
     args = parser.parse_args(argv)
@@ -364,7 +369,7 @@ def report(rounds: dict[str, list[Round]], traces: dict, args: argparse.Namespac
         f"{torch.__version__}; means of {args.steps} steps, medians of {args.rounds} turns, "
         "± half the range\n"
         f"{'':<20}{'ms/step':>10}{'±':>7}{'tokens/s':>11}{'of bare':>9}  {'(range)':<17}"
-        f"{'costs, ms':>11}{'saves':>7}{'cudaMalloc':>12}"
+        f"{'costs, ms':>11}{'saves':>7}{'cudaMalloc':>12}{'reserved, GiB':>15}"
     )
     values = {}
     for variant, turns in rounds.items():
@@ -383,6 +388,7 @@ def report(rounds: dict[str, list[Round]], traces: dict, args: argparse.Namespac
             f"{variant:<20}{median:>10.1f}{(max(means) - min(means)) / 2 / median:>7.1%}"
             f"{tokens / median * 1e3:>11,.0f}{shown[0]:>9}  {shown[1]:<17}{shown[2]:>11}"
             f"{turns[0].saves:>7}{max(turn.allocations for turn in turns):>12}"
+            f"{max(turn.reserved_gib for turn in turns):>15.1f}"
         )
         values[variant] = {
             "ms": [[round(ms, 2) for ms in turn.step_ms] for turn in turns],
@@ -391,6 +397,7 @@ def report(rounds: dict[str, list[Round]], traces: dict, args: argparse.Namespac
             "costs_ms": costs,
             "saves": turns[0].saves,
             "allocations": [turn.allocations for turn in turns],
+            "reserved_gib": max(turn.reserved_gib for turn in turns),
             "first_loss": turns[0].first_loss,
         }
     print(json.dumps({"bench": "loop", **vars(args), "results": values, "gpu_ms": traces}))

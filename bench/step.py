@@ -9,6 +9,7 @@ A variant is what runs the blocks, and settings of it, joined by +:
     plain, compiled, regional   the modules: as they are, all compiled, each block compiled
     fused                       models/fused.py, with fast, balanced or low; with fp8; with cublas
                                 (by itself quack's products, where they can run)
+    fa4, fa2, varlen, flex      attention of any of these by this kernel; by itself the fastest
     hf                          transformers' SmolLM3, torch.compile; with liger, eager
     bf16logits                  the head's logits in bf16
     apart                       the gradient of the loss in a pass of its own
@@ -40,6 +41,7 @@ from torch import Tensor
 
 from data.packing import IGNORE, Batch, RowPacker, cut_document, make_batch
 from models import elementwise
+from models.attention import KERNELS
 from models.config import GIB, ModelConfig
 from models.elementwise import WIDEST_ROW
 from models.transformer import Transformer
@@ -78,11 +80,8 @@ def main() -> None:
     args = parse_arguments()
     began = time.monotonic()
     device = torch.device(args.device)
-    use_expandable_segments()
+    limit_memory(device, args.limit_gib)
     torch.set_float32_matmul_precision("high")
-    if device.type == "cuda":
-        _, total = torch.cuda.mem_get_info()
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.limit_gib * GIB / total))
     config = load_config(ModelConfig, f"configs/model/smol_{args.shape}.yaml")
     batches = make_batches(config, args.micro_batch, args.batches)
     torch.manual_seed(0)
@@ -197,7 +196,8 @@ def build(
         from bench import hf
 
         return hf.build(config, weights, device, dtype, liger="liger" in settings)
-    model = Transformer(config, dtype).to(device)
+    kernel = next((k for k in KERNELS if k in settings), "auto")
+    model = Transformer(config, dtype, kernel).to(device)
     model.load_state_dict(weights)
     if how == "compiled":
         model.compile_blocks()
@@ -274,6 +274,14 @@ def measure(
         print(gpu_time_table(file, 2, kernels=28), flush=True)
         result.gpu_ms = gpu_time(file, 2)[0]
     return result
+
+
+def limit_memory(device: torch.device, gib: float) -> None:
+    """As on a card of so much memory, set up as a run sets it up; before the first allocation."""
+    use_expandable_segments()
+    if device.type == "cuda":
+        _, total = torch.cuda.mem_get_info()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total))
 
 
 def timed(step: Callable[[], object], device: torch.device) -> float:
