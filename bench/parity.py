@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.shards import configured_stores
-from bench.step import MAX_DOCUMENTS, MEAN_DOCUMENT
+from bench.step import MAX_DOCUMENTS, MEAN_DOCUMENT, REFERENCE_ROWS, parts
 from data.packing import IGNORE, Batch, Piece, RowPacker, cut_document, make_batch
 from data.streaming import PretrainLoader
 from models.config import ModelConfig
@@ -99,14 +99,16 @@ def train(run: str, config: ModelConfig, args: argparse.Namespace) -> list[float
     losses = []
     batches = make_batches(config, args)
     for _ in range(args.steps):
-        batch = next(batches).to(device)
-        loss = loss_of(batch) / batch.weight
-        loss.backward()
+        batch, mean = next(batches), 0.0
+        for part in parts(batch, REFERENCE_ROWS if run == "plain" else args.rows):
+            loss = loss_of(part.to(device)) / batch.weight
+            loss.backward()
+            mean = mean + loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
+        losses.append(mean)
     return torch.stack(losses).tolist()
 
 

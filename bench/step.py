@@ -31,7 +31,7 @@ import json
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -160,19 +160,32 @@ def reference_loss(config: ModelConfig, weights: dict, batch: Batch, device: tor
     torch.set_float32_matmul_precision("highest")
     model = Transformer(config, torch.float32, "dense").to(device)
     model.load_state_dict(weights)
-    total, length = 0.0, batch.tokens.shape[1]
-    for start in range(0, len(batch.tokens), REFERENCE_ROWS):
-        rows = slice(start, min(start + REFERENCE_ROWS, len(batch.tokens)))
-        first, last = rows.start * length, rows.stop * length
-        bounds = batch.cu_seqlens
-        bounds = (bounds[(bounds >= first) & (bounds <= last)] - first).to(device)
-        hidden = model(batch.tokens[rows].to(device), batch.positions[rows].to(device), bounds)
-        logits, targets = model.logits(hidden).flatten(0, 1), batch.targets[rows].flatten()
+    total = 0.0
+    for part in parts(batch, REFERENCE_ROWS):
+        part = part.to(device)
+        hidden = model(part.tokens, part.positions, part.cu_seqlens)
+        logits, targets = model.logits(hidden).flatten(0, 1), part.targets.flatten()
         total += torch.nn.functional.cross_entropy(
-            logits, targets.to(device), ignore_index=IGNORE, reduction="sum"
+            logits, targets, ignore_index=IGNORE, reduction="sum"
         ).item()
     torch.set_float32_matmul_precision("high")
     return total / batch.weight
+
+
+def parts(batch: Batch, rows: int) -> Iterator[Batch]:
+    """The batch, so many rows at a time; their counts stay those of the whole."""
+    length = batch.tokens.shape[1]
+    for start in range(0, len(batch.tokens), rows):
+        some = slice(start, min(start + rows, len(batch.tokens)))
+        first, last = some.start * length, some.stop * length
+        bounds = batch.cu_seqlens
+        yield replace(
+            batch,
+            tokens=batch.tokens[some],
+            targets=batch.targets[some],
+            positions=batch.positions[some],
+            cu_seqlens=bounds[(bounds >= first) & (bounds <= last)] - first,
+        )
 
 
 # ---------------------------------------------------------------------------------------------
