@@ -28,7 +28,7 @@ loop() {
 
 for part in "${parts[@]}"; do
   case $part in
-    tests) run tests python -m pytest -m gpu tests/models tests/train -p no:cacheprovider -v ;;
+    tests) run tests python -m pytest -m gpu tests/data tests/models tests/train tests/utils -p no:cacheprovider -v ;;
     step160)
       step step160 160m 96 fused,fused+cublas,fused+fp8
       step deterministic160 160m 96 fused+deterministic # alone: what cuBLAS is told stays told

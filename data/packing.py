@@ -18,7 +18,7 @@ is learned.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -55,14 +55,17 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`; a copy to a GPU does not block the host."""
-        moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, torch.Tensor):
-                if device.type == "cuda" and value.device.type == "cpu":
-                    value = value.pin_memory()
-                moved[field.name] = value.to(device, non_blocking=True)
-        return replace(self, **moved)
+        whole = self.pin_memory() if device.type == "cuda" else self
+        return whole._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same batch with what lies in host memory in pinned memory, from which GPUs read."""
+        return self._each(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {k: change(v) for k, v in values.items() if isinstance(v, torch.Tensor)}
+        return replace(self, **tensors)
 
 
 @dataclass

@@ -129,6 +129,16 @@ def test_read_ahead_does_not_skew_the_state(stores, config):
         assert equal(next(resumed), take(restored(plain, stores, config), 1)[0])
 
 
+@pytest.mark.gpu
+def test_read_ahead_leaves_nothing_for_the_loop_to_copy(stores, config):
+    plain, ahead = loader(stores, config), Prefetcher(loader(stores, config))
+    batches = next(ahead)
+    assert equal(next(plain), batches)
+    for batch in batches:
+        assert batch.tokens.is_pinned() and batch.cu_seqlens.is_pinned()
+        assert batch.pin_memory().tokens.data_ptr() == batch.tokens.data_ptr()
+
+
 def restored(other: PretrainLoader, stores, config) -> PretrainLoader:
     copy = loader(stores, config)
     copy.load_state_dict(json_round_trip(other.state_dict()))
