@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Figures of training and scoring that need a GPU, part by part; each part's table, and the files in runs/bench.
 #
-#   bash bench/figures.sh                    # all, about 20 minutes on one H200, projected
+#   bash bench/figures.sh                    # all, about 30 minutes on one H200
 #   bash bench/figures.sh step160 loop160    # some
 #   TEXT=configs/pretrain_160m.yaml bash bench/figures.sh parity    # losses compared on a config's text
 set -uo pipefail
@@ -43,7 +43,7 @@ for part in "${parts[@]}"; do
     loop160) loop loop160 160m 96 ;;
     loop600) loop loop600 600m 32 ;;
     parity)
-      run parity python -m bench.parity --runs fast,again,fp8,compiled --out "$out/parity" ${TEXT:+--data "$TEXT"}
+      run parity python -m bench.parity --runs fast,again,fp8,compiled,plain --out "$out/parity" ${TEXT:+--data "$TEXT"}
       ;;
     eval) run eval python bench/eval.py ;;
     attention)
