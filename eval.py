@@ -25,7 +25,8 @@ from pathlib import Path
 from train import setup
 from train.harness_run import SUITES, Means, Settings, evaluate_checkpoint
 from train.setup import RuntimeConfig
-from utils.config import ConfigError, run_script
+from utils.command_line import run_script
+from utils.config import ConfigError
 from utils.report_evals import references_of, rows_of, text_table
 
 

@@ -36,7 +36,8 @@ from data.tokenizer import Tokenizer
 from models.config import ModelConfig
 from models.transformer import Transformer
 from utils import checkpoint
-from utils.config import ConfigError, run_script, validate
+from utils.command_line import run_script
+from utils.config import ConfigError, validate
 from utils.llama_cpp import sentencepiece_model
 from utils.model_card import model_card
 

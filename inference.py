@@ -42,7 +42,8 @@ from models.sampling import Sampling
 from models.transformer import Transformer
 from train.runtime import PRECISIONS, choose_precision
 from utils import checkpoint
-from utils.config import ConfigError, run_script, validate
+from utils.command_line import run_script
+from utils.config import ConfigError, validate
 from utils.speed import Speed
 from utils.terminal import LineInput, interruptible, notice, show
 

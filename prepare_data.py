@@ -28,7 +28,8 @@ from data.tokenizer import TokenizerConfig
 from data.windows import first_epoch
 from data.workers import WorkerPool
 from train.setup import TrainConfig
-from utils.config import Config, load_config, parse_command_line, run_script
+from utils.command_line import parse_command_line, run_script
+from utils.config import Config, load_config
 from utils.logging import get_logger, human_count
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-from utils.config import run_script
+from utils.command_line import run_script
 from utils.report import write_report
 
 

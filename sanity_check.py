@@ -30,7 +30,8 @@ from train import sanity, sanity_run
 from train.runtime import PRECISIONS, RuntimeConfig, choose_precision
 from train.sanity import MODEL_FILES, Result, perform
 from utils import checkpoint
-from utils.config import Config, ConfigError, load_config, load_yaml, run_script, validate
+from utils.command_line import run_script
+from utils.config import Config, ConfigError, load_config, load_yaml, validate
 
 ROOT = Path(__file__).resolve().parent
 STAGES = {name: f"train_{name}" for name in ("pretrain", "sft", "pref", "rlvr")}

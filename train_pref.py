@@ -35,7 +35,7 @@ from models.transformer import Transformer
 from models.verifier import HEAD, Verifier
 from optim.optimizer import OptimConfig, make_optimizer
 from optim.scheduler import Schedule, ScheduleConfig
-from train import setup
+from train import plan, setup
 from train.chat_evals import ChatEvalConfig, answer_questions
 from train.loop import Training, fit
 from train.pairs import (
@@ -50,15 +50,8 @@ from train.preference import PreferenceConfig, chosen_fall
 from train.runtime import RuntimeConfig, build_model, start_devices
 from train.setup import EpochTrainConfig
 from utils.checkpoint import weights_fingerprint
-from utils.config import (
-    CommandLine,
-    Config,
-    Problem,
-    load_config,
-    parse_command_line,
-    plain,
-    run_script,
-)
+from utils.command_line import CommandLine, parse_command_line, run_script
+from utils.config import Config, Problem, load_config
 from utils.cost_tracker import CostConfig
 from utils.distributed import Distributed
 from utils.logging import MetricsLog, get_logger, read_metrics
@@ -102,8 +95,8 @@ def main(argv: list[str]) -> None:
     args = parse_command_line(__doc__, base_model=True, argv=argv)
     config = load_config(PrefConfig, args.config, args.overrides)
     if args.dry_run:
-        planned = setup.with_steps(config, setup.expected_steps(config))
-        setup.print_plan(planned, config.data.seq_len)
+        planned = plan.with_steps(config, plan.expected_steps(config))
+        plan.print_plan(planned, config.data.seq_len)
         return
 
     dist = start_devices(config.runtime, config.seed)
@@ -132,14 +125,9 @@ def main(argv: list[str]) -> None:
         schedule=schedule,
         loader=Prefetcher(loader),
         cost=setup.make_cost_tracker(config.cost, dist),
-        identity={
-            "stage": config.stage,
-            "model_config": plain(config.model),
-            "tokenizer": tokenizer.state_dict(),
-            "chat_template": template.state_dict(),
-            "config": plain(config),
-            "reference": reference.fingerprint,
-        },
+        identity=setup.identity(
+            config.stage, config, tokenizer, template, reference=reference.fingerprint
+        ),
     )
     setup.restore(training, state)
     rows = config.train.micro_batch

@@ -34,21 +34,14 @@ from data.workers import WorkerPool
 from models.config import ModelConfig
 from optim.optimizer import OptimConfig, make_optimizer
 from optim.scheduler import Schedule, ScheduleConfig
-from train import setup
+from train import plan, setup
 from train.evals import held_out_loss
 from train.loop import Training, fit
 from train.loss import cross_entropy_loss
 from train.runtime import RuntimeConfig, build_model, start_devices
 from train.setup import TrainConfig
-from utils.config import (
-    Config,
-    ConfigError,
-    Problem,
-    load_config,
-    parse_command_line,
-    plain,
-    run_script,
-)
+from utils.command_line import parse_command_line, run_script
+from utils.config import Config, ConfigError, Problem, load_config
 from utils.cost_tracker import CostConfig
 from utils.distributed import Distributed
 
@@ -79,7 +72,7 @@ def main(argv: list[str]) -> None:
     args = parse_command_line(__doc__, argv=argv)
     config = load_config(PretrainConfig, args.config, args.overrides)
     if args.dry_run:
-        setup.print_plan(config, config.data.seq_len)
+        plan.print_plan(config, config.data.seq_len)
         return
 
     dist = start_devices(config.runtime, config.seed)
@@ -108,13 +101,7 @@ def main(argv: list[str]) -> None:
         schedule=schedule,
         loader=Prefetcher(loader),
         cost=setup.make_cost_tracker(config.cost, dist),
-        identity={
-            "stage": STAGE,
-            "model_config": plain(config.model),
-            "tokenizer": tokenizer.state_dict(),
-            "chat_template": None,
-            "config": plain(config),
-        },
+        identity=setup.identity(STAGE, config, tokenizer, None),
     )
     setup.restore(training, state)
 

@@ -28,7 +28,7 @@ from models.generate import Engine
 from models.transformer import Transformer
 from optim.optimizer import OptimConfig, make_optimizer
 from optim.scheduler import Schedule, ScheduleConfig
-from train import setup
+from train import plan, setup
 from train.evals import PassConfig, held_out_pass
 from train.judge import Judge
 from train.loop import LoopConfig, Training, fit
@@ -38,16 +38,8 @@ from train.rewards import RewardConfig, check_answer
 from train.rollout import RolloutConfig, RolloutLoader, make_engine, policy_objective
 from train.setup import RuntimeConfig
 from utils.checkpoint import weights_fingerprint
-from utils.config import (
-    CommandLine,
-    Config,
-    ConfigError,
-    Problem,
-    load_config,
-    parse_command_line,
-    plain,
-    run_script,
-)
+from utils.command_line import CommandLine, parse_command_line, run_script
+from utils.config import Config, ConfigError, Problem, load_config
 from utils.cost_tracker import CostConfig
 from utils.distributed import Distributed
 from utils.logging import MetricsLog
@@ -168,15 +160,9 @@ def main(argv: list[str]) -> None:
         schedule=Schedule(config.schedule, config.train.steps),
         loader=loader,
         cost=setup.make_cost_tracker(config.cost, dist),
-        identity={
-            "stage": STAGE,
-            "model_config": plain(config.model),
-            "tokenizer": tokenizer.state_dict(),
-            "chat_template": template.state_dict(),
-            "config": plain(config),
-            "reference": fingerprint,
-            "verifier": verifier,
-        },
+        identity=setup.identity(
+            STAGE, config, tokenizer, template, reference=fingerprint, verifier=verifier
+        ),
         measures=loader.measures,
     )
     setup.restore(training, state)
@@ -194,7 +180,7 @@ def print_plan(config: RlvrConfig) -> None:
     rollout = config.rollout
     sampled = rollout.prompts * rollout.group_size
     longest = config.data.max_prompt_tokens + rollout.max_new_tokens
-    setup.print_plan(config, rollout.seq_len, sampled * longest // rollout.minibatches)
+    plan.print_plan(config, rollout.seq_len, sampled * longest // rollout.minibatches)
     print(
         f"a rollout: {rollout.prompts:,} prompts x {rollout.group_size} completions of at most "
         f"{rollout.max_new_tokens:,} tokens, for {rollout.minibatches} step(s). Tokens are the "

@@ -28,21 +28,15 @@ from data.tokenizer import Tokenizer
 from models.config import ModelConfig
 from optim.optimizer import OptimConfig, make_optimizer
 from optim.scheduler import Schedule, ScheduleConfig
-from train import setup
+from train import plan, setup
 from train.chat_evals import ChatEvalConfig, answer_questions, few_shot_exact_match
 from train.evals import held_out_loss
 from train.loop import Training, fit
 from train.loss import cross_entropy_loss
 from train.runtime import RuntimeConfig, build_model, start_devices
 from train.setup import EpochTrainConfig
-from utils.config import (
-    Config,
-    Problem,
-    load_config,
-    parse_command_line,
-    plain,
-    run_script,
-)
+from utils.command_line import parse_command_line, run_script
+from utils.config import Config, Problem, load_config
 from utils.cost_tracker import CostConfig
 from utils.distributed import Distributed
 from utils.logging import MetricsLog, get_logger
@@ -77,8 +71,8 @@ def main(argv: list[str]) -> None:
     args = parse_command_line(__doc__, base_model=True, argv=argv)
     config = load_config(SFTConfig, args.config, args.overrides)
     if args.dry_run:
-        planned = setup.with_steps(config, setup.expected_steps(config))
-        setup.print_plan(planned, config.data.seq_len)
+        planned = plan.with_steps(config, plan.expected_steps(config))
+        plan.print_plan(planned, config.data.seq_len)
         return
 
     dist = start_devices(config.runtime, config.seed)
@@ -109,13 +103,7 @@ def main(argv: list[str]) -> None:
         schedule=schedule,
         loader=Prefetcher(loader),
         cost=setup.make_cost_tracker(config.cost, dist),
-        identity={
-            "stage": STAGE,
-            "model_config": plain(config.model),
-            "tokenizer": tokenizer.state_dict(),
-            "chat_template": template.state_dict(),
-            "config": plain(config),
-        },
+        identity=setup.identity(STAGE, config, tokenizer, template),
     )
     setup.restore(training, state)
 

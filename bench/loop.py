@@ -2,7 +2,6 @@
 
     python -m bench.loop --shape tiny --device cpu
     python -m bench.loop --shape 160m --micro-batch 96 --accumulate 16 --steps 5 --rounds 3
-    python -m bench.loop --shape 160m --micro-batch 96 --variants all --rounds 2
     python -m bench.loop --shape 600m --micro-batch 48 --model fused+balanced --profile
 
 A variant is one of two, the second with parts left out, joined by -:
@@ -18,10 +17,9 @@ A variant is one of two, the second with parts left out, joined by -:
       -copies                        recorded batches, on the device
 
 The variants take turns in one process, on the same batches and from the same weights. Steps are
-timed from one request for batches to the next, by the GPU's clock where there is one; evaluations
-do not count, nor does the save at the end. "of bare" compares the turns of a round; "costs" is what
-`fit` takes longer than without the part. --profile traces two steps of either: work by kind, and
-the time in which the GPU had none.
+timed from one request for batches to the next; evaluations do not count, nor does the save at the
+end. "of bare" compares the turns of a round; "costs" is what `fit` takes longer than without the
+part. --profile traces two steps of either: work by kind, and the time in which the GPU had none.
 
 The data are shards of drawn documents (676 tokens in the mean, exponentially distributed), or with
 --data the tokenized sources of a pretraining config; `key=value` changes the config.
@@ -46,7 +44,7 @@ from pathlib import Path
 import torch
 
 from bench.shards import configured_stores, drawn_stores
-from bench.step import MEMORY_LIMIT_GIB, build, limit_memory, synchronize
+from bench.step import MEMORY_LIMIT_GIB, build, device_name, limit_memory, synchronize
 from data.packing import Batch
 from data.streaming import Prefetcher, PretrainLoader
 from models.config import GIB, ModelConfig
@@ -57,7 +55,8 @@ from train.loop import LoopConfig, fit
 from train.loss import cross_entropy_loss
 from train.state import Training
 from utils.checkpoint import Checkpointer
-from utils.config import load_config, run_script
+from utils.command_line import run_script
+from utils.config import load_config
 from utils.cost_tracker import CostConfig, CostTracker
 from utils.distributed import Distributed
 from utils.logging import MetricsLog, read_metrics
@@ -353,14 +352,6 @@ def trace_file(args: argparse.Namespace, name: str) -> Path:
     file = Path(args.out) / f"loop_{args.shape}_{name}.json.gz"
     file.parent.mkdir(parents=True, exist_ok=True)
     return file
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-# ---------------------------------------------------------------------------------------------
-# Report
 
 
 def report(rounds: dict[str, list[Round]], traces: dict, args: argparse.Namespace) -> None:

@@ -311,6 +311,10 @@ def timed(step: Callable[[], object], device: torch.device) -> float:
     return start.elapsed_time(end)
 
 
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -341,7 +345,7 @@ def line(result: Result, config: ModelConfig, rows: int) -> str:
 
 
 def print_table(results: dict[str, Result], config: ModelConfig, args: argparse.Namespace) -> None:
-    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
+    device = device_name(torch.device(args.device))
     print(
         f"\n{args.shape}, {args.micro_batch} rows of {config.max_seq_len:,}, {device}, "
         f"torch {torch.__version__}; medians of {args.steps * args.rounds} steps, ± half the range"

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from utils.chain import Progress, Stage, alone, check_base, run_stage  # noqa: E402
-from utils.config import run_script  # noqa: E402
+from utils.command_line import run_script  # noqa: E402
 from utils.logging import human_time  # noqa: E402
 from utils.report import write_report  # noqa: E402
 from utils.terminal import BOLD_GREEN, paint  # noqa: E402

@@ -25,7 +25,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from train.rewards import check_answer
-from utils.config import ConfigError, run_script
+from utils.command_line import run_script
+from utils.config import ConfigError
 
 VERIFIERS = ("reasoning_gym", "exact_match", "number")
 

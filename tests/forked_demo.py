@@ -16,7 +16,7 @@ from pathlib import Path
 import train.loop
 import utils.chain
 from scripts import demo
-from utils.config import run_script
+from utils.command_line import run_script
 
 
 class Fork:

@@ -150,7 +150,7 @@ def _child(
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     sys.argv = [f"{script}.py", *argv]
-    from utils.config import run_script
+    from utils.command_line import run_script
 
     run_script(module.main)
 

@@ -12,30 +12,23 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from data.chat import ChatTemplate
+from data.tokenizer import Tokenizer
 from models.config import ModelConfig
 from models.transformer import Transformer
 from train.loop import LoopConfig, Training
 from train.runtime import PRECISIONS, RuntimeConfig, build_model, start_devices  # noqa: F401
-from utils import checkpoint, cost_tracker
+from utils import checkpoint
 from utils.checkpoint import Checkpointer, CheckpointError
-from utils.config import (
-    CommandLine,
-    Config,
-    ConfigError,
-    Problem,
-    check_resume,
-    plain,
-    save_yaml,
-    validate,
-)
+from utils.command_line import CommandLine
+from utils.config import Config, ConfigError, Problem, check_resume, plain, save_yaml, validate
 from utils.cost_tracker import CostConfig, CostTracker
 from utils.distributed import Distributed
-from utils.logging import MetricsLog, RunDirectory, get_logger, human_count, human_time
+from utils.logging import MetricsLog, RunDirectory, get_logger, human_count
 from utils.mirror import open_mirror
 from utils.report import write_report
 from utils.versions import versions
@@ -126,37 +119,6 @@ def shape_problems(train: TrainConfig, seq_len: int, model: ModelConfig) -> Iter
         )
 
 
-def print_plan(config: Config, seq_len: int, batch_tokens: int | None = None) -> None:
-    """What `--dry-run` shows: the run's size, memory, time and cost, without network or data.
-
-    Args:
-        batch_tokens: tokens per step where the config does not fix them.
-    """
-    model, train = config.model, config.train
-    batch_tokens = batch_tokens or train.batch_tokens
-    tokens = train.total_steps * batch_tokens
-    flops = model.flops_per_token(seq_len) * tokens
-    mode = None if config.runtime.fused is False else config.runtime.memory
-    memory = model.memory_gib(train.micro_batch, seq_len, mode)
-    device = cost_tracker.find_device(config.cost.device or cost_tracker.PROJECTION_DEVICE)
-    projected = cost_tracker.projection(config.cost, flops, device)
-    parts = " + ".join(f"{part} {gib:.1f}" for part, gib in memory.items() if part != "total")
-    blocks = "blocks that are not fused" if mode is None else f"runtime.memory {mode}"
-    rows = {
-        "parameters": f"{model.n_params:,}",
-        "tokens per step": f"{batch_tokens:,}",
-        "micro-batch": f"{train.micro_batch} rows of {seq_len:,}",
-        "steps": f"{train.total_steps:,}",
-        "tokens": f"{tokens:,} ({tokens / model.n_params:.1f} per parameter)",
-        "FLOPs per token": f"{model.flops_per_token(seq_len):,} (rows of one document)",
-        "memory": f"{memory['total']:.1f} GiB, estimated for {blocks}: {parts}",
-        "time, projected": f"{human_time(projected.hours * 3600)} on {projected.assumption}",
-        "cost, projected": f"${projected.dollars:,.2f}",
-    }
-    width = max(map(len, rows))
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))
-
-
 def load_base(args: CommandLine, stages: Sequence[str], model: ModelConfig) -> dict:
     """The checkpoint that a stage starts from.
 
@@ -222,29 +184,6 @@ def load_template(base: dict, args: CommandLine) -> ChatTemplate:
     return ChatTemplate.from_state(base["chat_template"])
 
 
-def expected_steps(config: Config) -> int:
-    """The length that --dry-run assumes: it has no data from which to tell an epoch's.
-
-    Raises:
-        ConfigError: the length is in epochs, and `data.expected_tokens` is not given.
-    """
-    train, tokens = config.train, config.data.expected_tokens
-    if train.epochs is None:
-        return train.total_steps
-    if tokens is None:
-        raise ConfigError(
-            "--dry-run reads no data and cannot tell how long an epoch is: give a rough "
-            "data.expected_tokens, or the length as train.steps"
-        )
-    return math.ceil(train.epochs * tokens / train.batch_tokens)
-
-
-def with_steps(config: Config, steps: int) -> Config:
-    """The config with its length in steps: what epochs are once the data is known."""
-    train = config.train.model_copy(update={"steps": steps, "tokens": None, "epochs": None})
-    return config.model_copy(update={"train": train})
-
-
 def open_run(
     args: CommandLine, config: Config, stage: str, dist: Distributed
 ) -> tuple[RunDirectory, Checkpointer, dict | None]:
@@ -308,6 +247,20 @@ def _check_state(
             "give a step_*.pt file from the run's checkpoints folder"
         )
     check_resume(state["config"], config, may_change)
+
+
+def identity(
+    stage: str, config: Config, tokenizer: Tokenizer, template: ChatTemplate | None, **more: Any
+) -> dict:
+    """What a checkpoint says of itself, so that the next stage and inference need no other file."""
+    return {
+        "stage": stage,
+        "model_config": plain(config.model),
+        "tokenizer": tokenizer.state_dict(),
+        "chat_template": template and template.state_dict(),
+        "config": plain(config),
+        **more,
+    }
 
 
 def restore(training: Training, state: dict | None) -> None:

@@ -7,7 +7,8 @@ import pytest
 from models.config import ModelConfig
 from train.setup import load_base
 from utils import checkpoint
-from utils.config import CommandLine, ConfigError, plain
+from utils.command_line import CommandLine
+from utils.config import ConfigError, plain
 
 MODEL = ModelConfig(
     vocab_size=97, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, d_ffn=96, max_seq_len=32

@@ -1,8 +1,5 @@
 """Configs: every mistake is reported at once and located; YAML reads as a person expects."""
 
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -19,7 +16,6 @@ from utils.config import (
     check_resume,
     load_config,
     load_yaml,
-    parse_command_line,
     plain,
     save_yaml,
     validate,
@@ -424,87 +420,3 @@ def test_a_setting_that_is_gone_is_named_unless_it_was_null() -> None:
     says = "-> no setting here; resume with the code that wrote it"
     assert set(refusals(old, run(), [])) == {f"gone: 3 {says}", f"optim.clip.norm: 0.5 {says}"}
     check_resume(old, run(), ["gone", "optim"])
-
-
-# ---- command line ----
-
-
-def test_command_line() -> None:
-    argv = ["--config", "a.yaml", "optim.lr=1", "--resume", "--base-model", "b.pt", "batch=3"]
-    line = parse_command_line("Doc.", base_model=True, argv=argv)
-    assert (line.config, line.base_model) == (Path("a.yaml"), Path("b.pt"))
-    assert (line.resume, line.dry_run, line.resume_from) == (True, False, None)
-    assert line.overrides == ["optim.lr=1", "batch=3"]
-    assert line.verifier_model is None
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        ([], "--config"),
-        (["--config"], "expected one argument"),
-        (["--config", "a", "--resum"], r"'--resum' is no flag \(the nearest is --resume\)"),
-        (["--config", "a", "--dryrun"], "nearest is --dry-run"),
-        (["--config", "a", "--base-model", "b.pt"], "'--base-model' is no flag"),
-        (["--config", "a", "word"], "'word' is no flag .* and no key=value override"),
-        (["--config", "a", "--optim.lr=3"], "'--optim.lr=3' is no flag"),
-    ],
-)
-def test_wrong_arguments(argv: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        parse_command_line("Doc.", argv=argv)
-
-
-SCRIPT = '''"""Trains nothing.
-
-Run:  python script.py --config x.yaml
-"""
-from utils.config import Config, load_config, parse_command_line, run_script
-
-class Run(Config):
-    steps: int = 1
-
-def main(argv):
-    line = parse_command_line(__doc__, argv=argv)
-    print(load_config(Run, line.config, line.overrides))
-    raise KeyboardInterrupt
-
-run_script(main)
-'''
-
-
-def test_exit_codes_of_a_script(tmp_path: Path) -> None:
-    script, config = write(tmp_path, SCRIPT, "script.py"), write(tmp_path, "steps: 2")
-    root = Path(__file__).parents[2]
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, script, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": root})
-
-    interrupted = run("--config", str(config), "steps=3")
-    assert (interrupted.returncode, interrupted.stdout) == (130, "steps=3\n")
-    helped = run("--help")
-    assert helped.returncode == 0
-    assert "Trains nothing.\n\nRun:  python script.py --config x.yaml\n" in helped.stdout
-    for wrong in ([], ["--config", str(config), "stesp=1"], ["--config", "gone.yaml"], ["--x"]):
-        failed = run(*wrong)
-        assert failed.returncode == 2
-        assert failed.stderr.startswith("error: ")
-        assert "Traceback" not in failed.stderr
-        assert failed.stdout == ""
-
-
-@pytest.mark.parametrize("ending", ["return", "sys.exit(3)", "raise KeyboardInterrupt"])
-def test_a_ctrl_c_on_the_way_out_ends_it_without_a_traceback(ending):
-    root = Path(__file__).parents[2]
-    program = (
-        "import atexit, os, signal, sys, time\n"
-        "from utils.config import run_script\n"
-        "def main(argv):\n"
-        "    atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60)))\n"
-        f"    {ending}\n"
-        "run_script(main)\n"
-    )
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
