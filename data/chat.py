@@ -130,19 +130,30 @@ def render_prompt(
 def to_messages(record: Mapping[str, Any]) -> object:
     """The messages of a record in one of `SHAPES`, to be checked; None if it is in none of them.
 
-    The usual names of roles become ours, and an empty system message is left out.
+    The usual names of roles become ours, an empty system message is left out, and one that stands
+    beside the others, in a field of its own, goes before them.
     """
+    found = _shaped(record)
+    if found is None:
+        return None
+    messages = _normal(found)
+    system = _normal([{"role": "system", "content": record.get("system")}])
+    if system and _are_messages(messages) and messages[0]["role"] != "system":
+        return system + messages
+    return messages
+
+
+def _shaped(record: Mapping[str, Any]) -> object:
     if "messages" in record:
-        return _normal(record["messages"])
+        return record["messages"] or []
     if "conversations" in record:
-        return _normal(record["conversations"])
+        return record["conversations"] or []
     if "instruction" in record and "output" in record:
         parts = [record["instruction"], *filter(None, [record.get("input")])]
         question = "\n\n".join(parts) if all(isinstance(p, str) for p in parts) else None
-        system = [{"role": "system", "content": record.get("system")}]
-        return _normal(system + _turns("user", question) + _turns("assistant", record["output"]))
+        return _turns("user", question) + _turns("assistant", record["output"])
     if "prompt" in record and "completion" in record:
-        return _normal(_turns("user", record["prompt"]) + _turns("assistant", record["completion"]))
+        return _turns("user", record["prompt"]) + _turns("assistant", record["completion"])
     return None
 
 
@@ -151,8 +162,14 @@ def _turns(role: str, content: object) -> list:
     return content if isinstance(content, list) else [{"role": role, "content": content}]
 
 
+def _are_messages(messages: object) -> bool:
+    return (
+        bool(messages) and isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
+    )
+
+
 def _normal(messages: object) -> object:
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+    if not _are_messages(messages):
         return messages or []
     renamed = []
     for message in messages:
@@ -169,7 +186,7 @@ def check_messages(messages: object) -> str | None:
     It needs at most one system message, at the beginning, then a user and an assistant in turn,
     the assistant last, each with text.
     """
-    if not (messages and isinstance(messages, list) and all(isinstance(m, dict) for m in messages)):
+    if not _are_messages(messages):
         return "not a list of messages"
     roles = [m.get("role") for m in messages]
     if None in roles:

@@ -53,7 +53,7 @@ from data.tokenizer import Tokenizer, id_dtype
 from utils.config import Config, ConfigError, Problem
 from utils.logging import get_logger
 
-FORMAT = 1
+FORMAT = 2
 CHUNK = 1_000  # conversations encoded at a time
 TENSORS = ("tokens", "learned", "ends", "held_out", "keys")
 

@@ -47,7 +47,7 @@ from data.tokenizer import Tokenizer, id_dtype
 from utils.config import Config, ConfigError, Problem
 from utils.logging import get_logger
 
-FORMAT = 1
+FORMAT = 2
 BUILTIN_EXAMPLES = {"train": 4_000, "heldout": 400}
 CHUNK = 500  # pairs encoded at a time
 SHAPES = (
@@ -108,32 +108,37 @@ class PairDataConfig(Config):
 
 
 Pair = tuple[list[Message], list[Message]]  # the chosen and the rejected conversation
+_OPEN_DIALOGUE = re.compile(r"\s*Human:.*\n\nAssistant:\s*", re.DOTALL)  # HH-RLHF's, cut in two
 
 
 def to_pair(record: Record) -> Pair | None:
     """The conversations of a record in one of `SHAPES`, to be checked; None if in none of them."""
     if "chosen" not in record or "rejected" not in record:
         return None
-    chosen, rejected = (
-        _conversation(record.get("prompt"), record[side]) for side in ("chosen", "rejected")
-    )
-    return None if chosen is None or rejected is None else (chosen, rejected)
+    found = [_conversation(record.get("prompt"), record[side]) for side in ("chosen", "rejected")]
+    if None in found:
+        return None
+    system = {"system": record.get("system")}
+    return tuple(to_messages({**system, "messages": messages}) for messages in found)
 
 
 def _conversation(prompt: object, answer: object) -> object:
     """A prompt, if it is not part of the answer, and the answer, as messages."""
-    if prompt is None and isinstance(answer, str):
-        return _dialogue(answer)
+    if isinstance(answer, str):
+        if prompt is None:
+            return _dialogue(answer)
+        if isinstance(prompt, str) and _OPEN_DIALOGUE.fullmatch(prompt):
+            return _dialogue("\n\n" + prompt.lstrip() + answer)
     if isinstance(answer, list) and not _begins_with_assistant(answer):
-        return to_messages({"messages": answer})
+        return answer
     turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     answers = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-    return to_messages({"messages": turns + answers})
+    return turns + answers
 
 
 def _begins_with_assistant(messages: list) -> bool:
     first = to_messages({"messages": messages[:1]})
-    return isinstance(first, list) and [m.get("role") for m in first] == ["assistant"]
+    return [m["role"] for m in first if isinstance(m, dict)] == ["assistant"]
 
 
 def _dialogue(text: str) -> list[Message] | None:
@@ -143,7 +148,7 @@ def _dialogue(text: str) -> list[Message] | None:
         return None
     roles = {"Human": "user", "Assistant": "assistant"}
     return [
-        {"role": roles[speaker], "content": content}
+        {"role": roles[speaker], "content": content.strip()}
         for speaker, content in zip(turns[::2], turns[1::2], strict=True)
     ]
 

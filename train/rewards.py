@@ -42,7 +42,9 @@ _NUMBER = re.compile(
     r"(?!\w|[.,][0-9]|\s?(?:[-+/^=]|\*{1,2})\s?[0-9(])"
 )
 _MARKER = re.compile(r"(?:####|\bthe (?:final )?answer is)[\s:*`]*+", re.IGNORECASE)
-_CODE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+_CODE = re.compile(r"```([^\n`]*)\n(.*?)(?:```|\Z)", re.DOTALL)
+_PYTHON_TAGS = ("", "python", "py", "python3", "py3")
+_JSON_LIST = re.compile(r"\s*\[\s*[]{\"]")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -97,8 +99,10 @@ def exact_match(completion: str, answer: str) -> float:
 
 
 def extract_code(completion: str) -> str:
-    """The last fenced block, closed or not; the whole completion if there is none."""
-    blocks = _CODE.findall(completion)
+    """The last fenced block, closed or not, that is Python or does not say what it is; the whole
+    completion if there is none."""
+    found = _CODE.findall(completion)
+    blocks = [block for tag, block in found if tag.strip().lower() in _PYTHON_TAGS]
     return blocks[-1] if blocks else completion
 
 
@@ -117,9 +121,9 @@ def python(completion: str, answer: str) -> float:
 
 
 def _cases(answer: str) -> list[dict[str, str]] | None:
-    if not answer.lstrip().startswith("[{"):
-        return None
-    return json.loads(answer)
+    """None if the answer is tests. A list that is no valid JSON is refused: as tests it would test
+    nothing."""
+    return json.loads(answer) if _JSON_LIST.match(answer) else None
 
 
 def _prints(program: str, case: dict[str, str]) -> bool:
@@ -191,7 +195,9 @@ def _check_tests(answer: str) -> None:
     cases = _cases(answer)
     if cases is None:
         compile(answer, "tests", "exec")
-    elif not all(isinstance(case[key], str) for case in cases for key in ("stdin", "stdout")):
+    elif not cases or not all(
+        isinstance(case[key], str) for case in cases for key in ("stdin", "stdout")
+    ):
         raise TypeError
 
 

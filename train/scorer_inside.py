@@ -14,12 +14,14 @@ from unittest.mock import MagicMock
 def score_math(completion: str, answer: str) -> float:
     """1 if math-verify finds the completion's last result equal to `answer`, 0 otherwise.
 
-    An answer without `$` or `\\boxed{}` is put between `$`, so that its LaTeX is read as such. The
-    library's timeouts are off: they need SIGALRM, and the caller's holds for everything.
+    An answer without `$` or `\\boxed{}` is put between `$`, so that its LaTeX is read as such; that
+    of an amount, `\\$72`, does not count. The library's timeouts are off: they need SIGALRM, and
+    the caller's holds for everything.
     """
     from math_verify import parse, verify
 
-    gold = answer if "$" in answer or "\\boxed" in answer else f"${answer}$"
+    is_marked = "$" in answer.replace("\\$", "") or "\\boxed" in answer
+    gold = answer if is_marked else f"${answer}$"
     gold, said = (parse(text, parsing_timeout=None) for text in (gold, completion))
     return float(verify(gold, said, timeout_seconds=None))
 

@@ -203,6 +203,23 @@ def test_an_alpaca_input_follows_its_instruction():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("conversation", "first"),
+    [
+        ([QUESTION, ANSWER], "s"),
+        ([message("system", "t"), QUESTION, ANSWER], "t"),
+        ([message("system", ""), QUESTION, ANSWER], "s"),
+    ],
+)
+def test_a_system_message_in_a_field_of_its_own(conversation, first):
+    expected = [message("system", first), QUESTION, ANSWER]
+    for shape in ("messages", "conversations"):
+        assert to_messages({shape: conversation, "system": "s"}) == expected
+        assert to_messages({shape: [], "system": "s"}) == []
+    record = {"prompt": conversation[:-1], "completion": [ANSWER], "system": "s"}
+    assert to_messages(record) == expected
+
+
 @pytest.mark.parametrize("record", [{}, {"text": "x"}, {"instruction": "x"}, {"prompt": "x"}])
 def test_a_record_of_no_known_shape(record):
     assert to_messages(record) is None

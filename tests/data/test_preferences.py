@@ -89,6 +89,11 @@ SAME = {
         "chosen": "\n\nHuman: why?\n\nAssistant: so",
         "rejected": "\n\nHuman: why?\n\nAssistant: no",
     },
+    "a dialogue, cut before the answers": {
+        "prompt": "\n\nHuman: why?\n\nAssistant:",
+        "chosen": " so",
+        "rejected": " no",
+    },
     "other names": {
         "chosen": [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "so"}],
         "rejected": [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "no"}],
@@ -114,7 +119,17 @@ def test_a_dialogue_of_several_turns():
     chosen, rejected = to_pair({"chosen": f"{shared} d", "rejected": f"{shared} e\n\nf"})
     assert [m["role"] for m in chosen] == ["user", "assistant"] * 2
     assert chosen[:3] == rejected[:3]
-    assert (chosen[3]["content"], rejected[3]["content"]) == (" d", " e\n\nf")
+    assert (chosen[3]["content"], rejected[3]["content"]) == ("d", "e\n\nf")
+    cut = to_pair({"prompt": shared, "chosen": " d", "rejected": " e\n\nf"})
+    assert cut == (chosen, rejected)
+
+
+def test_a_system_message_in_a_field_of_its_own():
+    system = {"role": "system", "content": "s"}
+    for record in SAME.values():
+        assert [side[0] for side in to_pair(record | {"system": "s"})] == [system, system]
+    whole = {"chosen": [user("a"), *C], "rejected": [system | {"content": "t"}, user("a"), *R]}
+    assert [m["content"] for m, *_ in to_pair(whole | {"system": "s"})] == ["s", "t"]
 
 
 BAD = {
@@ -123,6 +138,7 @@ BAD = {
     "rejected: empty answer": {"prompt": "a", "chosen": "b", "rejected": ""},
     "chosen: empty message": {"prompt": "", "chosen": "b", "rejected": "c"},
     "chosen: content is not text": {"prompt": "a", "chosen": 3, "rejected": "b"},
+    "chosen: not a list of messages": {"prompt": "a", "chosen": ["b"], "rejected": ["c"]},
     "rejected: broken UTF-8": {"prompt": "a", "chosen": "b", "rejected": "\ud800"},
     "no known shape": {"prompt": "a", "chosen": "b"},
     "rejected: impossible order of roles": {

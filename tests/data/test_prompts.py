@@ -66,6 +66,8 @@ SHAPES = [
     ({"prompt": USER, "answer": "five"}, "exact_match", "five", "exact_match"),
     (GYM, None, json.dumps(GYM), "reasoning_gym"),
     (GYM, "exact_match", "5", "exact_match"),  # where the package is absent
+    ({"prompt": USER, "answer": "a()\n#### b\nc()"}, "python", "a()\n#### b\nc()", "python"),
+    ({"prompt": USER, "answer": "####\\s*5"}, "regex", "####\\s*5", "regex"),
 ]
 
 
@@ -73,6 +75,11 @@ SHAPES = [
 def test_shapes(record: dict, of_source: str | None, answer: str, verifier: str) -> None:
     row = to_prompt(record, of_source)
     assert (row.messages, row.answer, row.verifier) == (USER, answer, verifier)
+
+
+def test_a_system_message_beside_the_question_goes_before_it() -> None:
+    system = {"role": "system", "content": "Think."}
+    assert to_prompt(GSM8K | {"system": "Think."}, None).messages == [system, *USER]
 
 
 def test_jsonl_gzip_and_parquet_give_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -144,6 +144,9 @@ MATH = [
     ("\\boxed{7}", "72", 0),
     ("\\boxed{720}", "72", 0),
     ("\\boxed{1} \\boxed{2} \\boxed{3}", "3", 0),
+    ("\\boxed{\\$18.90}", "\\$18.90", 1),
+    ("The final answer is $72$", "\\$72", 1),
+    ("\\boxed{73}", "\\$72", 0),
     ("", "72", 0),
     ("\\boxed{", "72", 0),
     ("\\boxed{72}" + "}" * 10_000, "73", 0),
@@ -254,8 +257,10 @@ def test_python_against_tests(completion: str, reward: float) -> None:
 
 
 @needs_sandbox
-def test_python_against_outputs() -> None:
-    answer = json.dumps([{"stdin": "2 3\n", "stdout": "5\n"}, {"stdin": "1 1", "stdout": "2"}])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_python_against_outputs(indent: int | None) -> None:
+    cases = [{"stdin": "2 3\n", "stdout": "5\n"}, {"stdin": "1 1", "stdout": "2"}]
+    answer = json.dumps(cases, indent=indent)
     judge = verifier("python")
     assert check_answer("python", answer) is None
     assert judge("print(sum(map(int, input().split())), ' ')", answer) == 1
@@ -267,6 +272,19 @@ def test_python_against_outputs() -> None:
 def test_last_code_block_counts() -> None:
     assert extract_code("a\n```py\nfirst\n```\n```python\nsecond\n```\nb") == "second\n"
     assert extract_code("```" * 100_000) == "```" * 100_000
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "Install it:\n```bash\npip install x\n```\nThen:\n```python\ncode\n```\nDone.",
+        "```Python3\ncode\n```\nThis adds one.",
+        "```text\n1 2\n```\n```\ncode\n```\n```json\n{}\n```",
+        "```py \ncode\n",
+    ],
+)
+def test_blocks_of_other_languages_are_left_out(completion: str) -> None:
+    assert extract_code(completion) == "code\n"
 
 
 def test_code_rewards_are_refused_without_a_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,6 +310,13 @@ UNUSABLE = [
     ("python", "assert (", "answer not valid for python (SyntaxError)"),
     ("python", '[{"stdin": "1"}]', "answer not valid for python (KeyError)"),
     ("python", '[{"stdin": "1", ', "answer not valid for python (JSONDecodeError)"),
+    (
+        "python",
+        "[\n {'stdin': '1', 'stdout': '2'}]",
+        "answer not valid for python (JSONDecodeError)",
+    ),
+    ("python", '["assert f(1) == 2"]', "answer not valid for python (TypeError)"),
+    ("python", "[ ]", "answer not valid for python (TypeError)"),
     ("reasoning_gym", "{}", "answer not valid for reasoning_gym (KeyError)"),
 ]
 
