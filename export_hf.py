@@ -74,6 +74,8 @@ def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     state = load_language_model(args.checkpoint)
     out = Path(args.out)
+    if out.resolve() == Path.cwd():
+        raise ConfigError(f"--out {out} is the folder you are in: name a new one in it")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ConfigError(f"--out {out} is not empty: choose another folder, or delete it first")
     partial = out.with_name(f".{out.name}.partial")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 
 from utils.command_line import run_script
-from utils.report import write_report
+from utils.report import runs_among, write_report
 
 
 def main(argv: list[str]) -> None:
@@ -23,7 +23,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR")
     parser.add_argument("--out", metavar="FILE", help="the page, instead of the place above")
     args = parser.parse_args(argv)
-    print(f"report: {write_report(args.runs, args.out)}")
+    runs, others = runs_among(args.runs)
+    if others:
+        print(f"no runs, left out: {', '.join(others)}")
+    print(f"report: {write_report(runs, args.out)}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from tests.local_tasks import write_tasks
 from tests.pipeline import Fault, run
 from train.harness_run import SUITES
 from train.setup import TrainConfig
-from utils import checkpoint
+from utils import checkpoint, report_evals
 from utils.config import ConfigError, plain, validate
 from utils.report import read_run, write_report
 from utils.report_evals import FILE, HEAD, add_evaluation, read_evaluations, rows_of, text_table
@@ -213,6 +213,10 @@ def test_unknown_names_are_told_with_the_nearest(save):
         (("--suite", "chat"), "has no chat template"),
         (("--bpb", "missing.txt"), "--bpb missing.txt: No such file"),
         (("--bpb", "README.md", "--out", "README.md"), "README.md is not a file of evaluations"),
+        (
+            ("--bpb", "README.md", "--out", "README.md/e.json"),
+            r"e.json: cannot be written \(.*--out",
+        ),
     ],
 )
 def test_mistakes(save, argv, message):
@@ -230,6 +234,17 @@ def test_what_cannot_run_is_exit_code_2(save, tmp_path, tasks):
     assert outcome.code == 2
     assert "error: nothing could be evaluated:\n  broken: no data (" in outcome.err
     assert "Traceback" not in outcome.err
+
+
+def test_scores_that_cannot_be_stored_are_shown(save, tmp_path, monkeypatch, capsys):
+    def full(path: Path, evaluation: dict) -> None:
+        raise ConfigError(f"{path}: not written: No space left on device")
+
+    monkeypatch.setattr(report_evals, "add_evaluation", full)
+    out = tmp_path / "new folder" / "e.json"
+    with pytest.raises(ConfigError, match="No space left"):
+        evaluate(save("pretrain"), "--bpb", "LICENSE", "--out", str(out))
+    assert re.search(r"LICENSE +bits_per_byte", capsys.readouterr().out)
 
 
 def test_bits_per_byte_need_no_harness(save, tmp_path, monkeypatch):

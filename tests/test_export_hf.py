@@ -15,7 +15,7 @@ from models.config import ModelConfig
 from models.generate import generate
 from models.transformer import Transformer
 from tests.pipeline import run
-from utils import checkpoint
+from utils import checkpoint, model_card
 from utils.config import ConfigError, load_yaml, plain
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -248,10 +248,39 @@ def test_the_card_tells_the_runs_facts(save, out):
     card = (out / "README.md").read_text()
     for fact in (
         "# chatty", "1,049,728", "30 steps, 4,321 tokens", "| val/loss | 1.25 |",
-        "| a (`builtin:chats`) | 75.0% |", "name: chatty", "apply_chat_template",
+        "| a (`builtin:chats`) | 3 x an epoch |", "name: chatty", "apply_chat_template",
     ):  # fmt: skip
         assert fact in card
     assert "31.25" not in card
+
+
+def test_the_card_names_what_was_trained_on(save, out):
+    hub = {"name": "g", "path": "hub:org/math", "subset": "main", "split": "train"}
+    data = {
+        "sources": [hub | {"weight": 0.5}, hub | {"name": "t", "split": "test", "use": "held_out"}],
+        "text_tokens": 9000,
+        "text_sources": [
+            {"name": "web", "path": "w.txt", "weight": 3.0, "split": "train"},
+            {"name": "code", "path": "c.txt", "weight": 1.0},
+        ],
+    }
+
+    def rows(stage: str) -> list[str]:
+        state = {"stage": stage, "config": {"data": data}}
+        (text,) = model_card._data(state)
+        return text.splitlines()[4:]
+
+    plain = "of 9,000 tokens of plain text an epoch"
+    assert rows("sft") == [
+        "| g (`hub:org/math`, main, train) | 0.5 x an epoch |",
+        f"| web (`w.txt`) | 75.0% {plain} |",
+        f"| code (`c.txt`) | 25.0% {plain} |",
+    ]
+    data["sources"] = data.pop("text_sources")
+    assert rows("pretrain") == [
+        "| web (`w.txt`) | 75.0% of the tokens |",
+        "| code (`c.txt`) | 25.0% of the tokens |",
+    ]
 
 
 def test_a_verifier_is_refused(save, out):
@@ -259,6 +288,14 @@ def test_a_verifier_is_refused(save, out):
     with pytest.raises(ConfigError, match=r"is a verifier.*another stage"):
         export(path, out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("here", [".", "a/.."])
+def test_the_folder_one_is_in_is_refused(save, out, here, monkeypatch):
+    out.mkdir()
+    monkeypatch.chdir(out)
+    with pytest.raises(ConfigError, match="is the folder you are in"):
+        export(save(perturbed(shape("smol_tiny"))), Path(here))
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -100,7 +101,7 @@ def evaluate_checkpoint(
     """
     began = time.time()
     out = means.out or path.parent / report_evals.FILE
-    report_evals.read_evaluations(out)  # a foreign file is told of now and not at the end
+    _check_writable(out)  # now and not at the end
     state = _load(path, settings)
     texts = {name: _read_text(Path(name)) for name in settings.bpb}
     loaded, missing = _load_tasks(settings, means)
@@ -127,7 +128,11 @@ def evaluate_checkpoint(
         record["tasks"] = _identities(outcome)
         record["seeds"] = {k: v for k, v in outcome["config"].items() if k.endswith("_seed")}
     record["seconds"] = round(time.time() - began, 1)
-    report_evals.add_evaluation(out, record)
+    try:
+        report_evals.add_evaluation(out, record)
+    except ConfigError:
+        get_logger().warning(report_evals.text_table(report_evals.rows_of(record)))
+        raise
     if loaded:
         partial.unlink(missing_ok=True)
     get_logger().info(f"evaluated in {human_time(record['seconds'])}: {out}")
@@ -150,6 +155,18 @@ def evaluate_final(path: Path, train: dict[str, Any], dist: Distributed) -> None
         evaluate_checkpoint(path, Settings(tuple(tasks)), means, dist, command)
     except Exception as error:
         get_logger().warning(f"not evaluated ({error}); to try again: {command}")
+
+
+def _check_writable(out: Path) -> None:
+    """Raises ConfigError where the record could not be put; makes its folder."""
+    report_evals.read_evaluations(out)  # a foreign file
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{out}: cannot be written ({error.strerror}); name another file with --out"
+        ) from error
 
 
 def _load(path: Path, settings: Settings) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Left out: license and intended use, which no run knows; a person adds them befor
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,14 +149,29 @@ def _shape(state: dict[str, Any], dtype: str, deviation: str) -> Iterator[tuple[
 
 
 def _data(state: dict[str, Any]) -> Iterator[str]:
-    sources = state["config"].get("data", {}).get("sources")
+    """What was trained on: of pretraining shares of the tokens, of other stages times an epoch."""
+    data = state["config"].get("data", {})
+    sources = [s for s in data.get("sources") or [] if s.get("use") != "held_out"]
     if not sources:
         return
-    total = sum(source.get("weight", 1.0) for source in sources)
-    rows = (
-        (f"{s['name']} (`{s['path']}`)", f"{s.get('weight', 1.0) / total:.1%}") for s in sources
-    )
+    if state["stage"] == "pretrain":
+        rows = _shares(sources, "of the tokens")
+    else:
+        rows = [(_place(s), f"{s.get('weight', 1.0):g} x an epoch") for s in sources]
+        tokens = f"of {data.get('text_tokens', 0):,} tokens of plain text an epoch"
+        rows += _shares(data.get("text_sources") or [], tokens)
     yield "## Data of this stage\n\n" + _table(rows)
+
+
+def _shares(sources: list[dict[str, Any]], whole: str) -> list[tuple[str, str]]:
+    total = sum(source.get("weight", 1.0) for source in sources)
+    return [(_place(s), f"{s.get('weight', 1.0) / total:.1%} {whole}") for s in sources]
+
+
+def _place(source: dict[str, Any]) -> str:
+    parts = [source[key] for key in ("subset", "split") if source.get(key)]
+    of_hub = source["path"].startswith("hub:")
+    return f"{source['name']} (`{source['path']}`{', '.join(['', *parts]) if of_hub else ''})"
 
 
 def _measures(state: dict[str, Any], checkpoint: Path) -> Iterator[str]:
@@ -182,5 +197,5 @@ def _config(state: dict[str, Any]) -> str:
     return f"## Settings\n\n{summary}\n\n```yaml\n{text}```\n\n</details>"
 
 
-def _table(rows: Iterator[tuple[str, object]]) -> str:
+def _table(rows: Iterable[tuple[str, object]]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

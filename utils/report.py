@@ -24,6 +24,7 @@ from utils.logging import read_metrics
 
 STAGES = ("pretrain", "sft", "pref", "verifier", "rlvr")  # the order on the page
 HELD_OUT = "held-out"
+METRICS = "metrics.jsonl"
 
 
 @dataclass
@@ -141,6 +142,16 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
     return out
 
 
+def runs_among(paths: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What holds a run, or is not there at all; and what else lies among them, as in `runs/demo/*`.
+
+    The second is empty if there is no run.
+    """
+    others = [p for p in paths if Path(p).exists() and not (Path(p) / METRICS).is_file()]
+    runs = [p for p in paths if p not in others]
+    return (runs, others) if runs else (list(paths), [])
+
+
 def read_run(folder: str | Path) -> Run:
     """Everything a report needs of a run, whole or still going.
 
@@ -148,11 +159,11 @@ def read_run(folder: str | Path) -> Run:
         ConfigError: there is no run.
     """
     path = Path(folder)
-    if not (path / "metrics.jsonl").is_file():
+    if not (path / METRICS).is_file():
         raise ConfigError(
-            f"{path} holds no run (no metrics.jsonl): give the folder of one, runs/<name>"
+            f"{path} holds no run (no {METRICS}): give the folder of one, runs/<name>"
         )
-    lines = read_metrics(path / "metrics.jsonl")
+    lines = read_metrics(path / METRICS)
     samples, versions = path / "samples.jsonl", _yaml(path / "versions.yaml")
     return Run(
         name=path.resolve().name,

@@ -115,21 +115,38 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def side_by_side(named: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Iterator[str]:
-    """What several runs were measured on alike, on as many samples; a column for each, its newest
-    values."""
+    """What several runs were measured on; a column for each, its newest values.
+
+    What was asked in another way (more samples, solved examples, a conversation, another version of
+    the task) stands in a row of its own.
+    """
     newest = {
         name: {
-            (*row[:2], row[4]): row[2] for evaluation in evaluations for row in rows_of(evaluation)
+            (task, metric, n, shots, version, _form(evaluation)): value
+            for evaluation in evaluations
+            for task, metric, value, _, n, shots, version in rows_of(evaluation)
         }
         for name, evaluations in named
     }
-    measures = dict.fromkeys(measure for values in newest.values() for measure in values)
-    shared = [m for m in measures if sum(m in values for values in newest.values()) > 1]
-    if not shared:
+    ways = dict.fromkeys(way for values in newest.values() for way in values)
+    runs_of: dict[tuple[str, ...], set[str]] = {}
+    for name, values in newest.items():
+        for way in values:
+            runs_of.setdefault(way[:2], set()).add(name)
+    rows = [
+        (*way, *(values.get(way, "") for values in newest.values()))
+        for measure, names in runs_of.items()
+        for way in ways
+        if way[:2] == measure and len(names) > 1
+    ]
+    if not rows:
         return
-    rows = [(*m, *(values.get(m, "") for values in newest.values())) for m in shared]
-    table = _html_table((*HEAD[:2], "n", *newest), rows)
+    table = _html_table((*HEAD[:2], *HEAD[4:], "asked", *newest), rows)
     yield f'<div class="card"><h3>Benchmarks side by side</h3>{table}</div>'
+
+
+def _form(evaluation: dict[str, Any]) -> str:
+    return "as conversations" if evaluation.get("settings", {}).get("chat") else ""
 
 
 def references_of(tasks: Sequence[str]) -> Iterator[str]:
@@ -147,7 +164,7 @@ def section(name: str, evaluations: Sequence[dict[str, Any]]) -> Iterator[str]:
     for evaluation in evaluations:
         made = evaluation["checkpoint"]
         where = f"{made.get('file', '?')}, step {made.get('step', '?')}"
-        where += ", as conversations" * bool(evaluation.get("settings", {}).get("chat"))
+        where += _form(evaluation) and f", {_form(evaluation)}"
         rows += [(where, *cells) for cells in rows_of(evaluation)]
         tasks += [result["task"] for result in evaluation["results"]]
     lines = "".join(f'<p class="quiet">{escape(line)}</p>' for line in references_of(tasks))

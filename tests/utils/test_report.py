@@ -9,10 +9,12 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
+import report
 from train.setup import _draw
 from utils.config import ConfigError
 from utils.logging import RunDirectory, read_metrics
 from utils.report import by_stage, panels_of, read_run, write_report
+from utils.report_evals import side_by_side
 from utils.report_plots import draw, tick_text
 
 VOID = {"meta", "br"}
@@ -265,6 +267,44 @@ def test_numbers_at_an_axis(value, unit, text):
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"holds no run \(no metrics.jsonl\): give the folder"):
         write_report([tmp_path])
+
+
+def test_what_lies_beside_runs_is_left_out(make, tmp_path, capsys, monkeypatch):
+    for name, stage in (("a", "pretrain"), ("b", "sft")):
+        make(name, stage=stage)
+    monkeypatch.chdir(tmp_path)
+    for others in ("", "no runs, left out: plots, report.html\n"):
+        report.main(sorted(path.name for path in tmp_path.iterdir()))
+        assert capsys.readouterr().out == f"{others}report: {tmp_path / 'report.html'}\n"
+    with pytest.raises(ConfigError, match="gone holds no run"):
+        report.main(["a", "plots", "gone"])
+    with pytest.raises(ConfigError, match="plots holds no run"):
+        report.main(["plots", "report.html"])
+
+
+def evaluation(value: float, shots: int | None, chat: bool = False) -> dict:
+    result = {"task": "gsm8k", "metric": "exact_match", "value": value, "n": 9, "shots": shots}
+    return {
+        "checkpoint": {"file": "a.pt", "step": 1},
+        "settings": {"chat": chat},
+        "results": [result, result | {"task": f"alone_{shots}"}],
+    }
+
+
+def test_side_by_side_stands_what_was_asked_alike():
+    runs = [
+        ("a", [evaluation(0.3, 5), evaluation(0.2, 0, chat=True), evaluation(0.4, 5)]),
+        ("b", [evaluation(0.25, 5), evaluation(0.1, 0)]),
+    ]
+    (html,) = side_by_side(runs)
+    rows = re.findall(r"<tr>(.*?)</tr>", html)
+    assert [re.findall(r"<t[dh]>(.*?)</t", row) for row in rows[1:5]] == [
+        ["gsm8k", "exact_match", "9", "5", "", "", "0.4000", "0.2500"],
+        ["gsm8k", "exact_match", "9", "0", "", "as conversations", "0.2000", ""],
+        ["gsm8k", "exact_match", "9", "0", "", "", "", "0.1000"],
+        ["alone_5", "exact_match", "9", "5", "", "", "0.4000", "0.2500"],
+    ]
+    assert list(side_by_side([("a", runs[0][1]), ("c", [])])) == []
 
 
 def test_a_report_that_fails_does_not_fail_the_run(make, capsys):
