@@ -122,7 +122,8 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
     from utils.report_page import page
     from utils.report_plots import draw
 
-    runs = [read_run(folder) for folder in folders]
+    stages = by_stage([read_run(folder) for folder in folders])
+    runs = [run for members in stages.values() for run in members]
     _make_names_differ(runs)
     common = Path(os.path.commonpath([run.path.resolve() for run in runs]))
     out = Path(out) if out else common / "report.html"
@@ -130,7 +131,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path | None = None) -
         plots = out.parent / "plots"
         plots.mkdir(parents=True, exist_ok=True)
         sections = []
-        for stage, members in by_stage(runs).items():
+        for stage, members in stages.items():
             panels = list(panels_of(members))
             drawings = [draw(p, members, plots / f"{stage}_{p.slug}.png") for p in panels]
             sections.append((stage, members, list(zip(panels, drawings, strict=True))))

@@ -270,12 +270,13 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 
 
 def test_what_lies_beside_runs_is_left_out(make, tmp_path, capsys, monkeypatch):
-    for name, stage in (("a", "pretrain"), ("b", "sft")):
+    for name, stage in (("a", "sft"), ("b", "pretrain")):
         make(name, stage=stage)
     monkeypatch.chdir(tmp_path)
     for others in ("", "no runs, left out: plots, report.html\n"):
         report.main(sorted(path.name for path in tmp_path.iterdir()))
         assert capsys.readouterr().out == f"{others}report: {tmp_path / 'report.html'}\n"
+    assert "<h1>b, a</h1>" in (tmp_path / "report.html").read_text()  # in the order of a life
     with pytest.raises(ConfigError, match="gone holds no run"):
         report.main(["a", "plots", "gone"])
     with pytest.raises(ConfigError, match="plots holds no run"):
