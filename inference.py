@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -45,7 +44,7 @@ from utils import checkpoint
 from utils.command_line import run_script
 from utils.config import ConfigError, validate
 from utils.speed import Speed
-from utils.terminal import LineInput, interruptible, notice, show
+from utils.terminal import LineInput, discard_stdout, interruptible, notice, show
 
 USAGE = "%(prog)s --checkpoint FILE (--prompt TEXT | --interactive | --prompts-file FILE) [flags]"
 HELP = """\
@@ -76,7 +75,7 @@ def main(argv: list[str]) -> None:
         else:
             answer_one(writer, args.prompt)
     except BrokenPipeError:  # `| head` has seen enough; nor may Python flush into it at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_stdout()
     except OSError as error:
         what = error.filename or "the output"
         raise ConfigError(f"{what} cannot be written: {error.strerror}") from error

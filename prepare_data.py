@@ -27,6 +27,7 @@ from data.streaming import DataConfig, make_tokenizer, open_stores
 from data.tokenizer import TokenizerConfig
 from data.windows import first_epoch
 from data.workers import WorkerPool
+from models.config import ModelConfig
 from train.setup import TrainConfig
 from utils.command_line import parse_command_line, run_script
 from utils.config import Config, load_config
@@ -39,6 +40,7 @@ class PrepareConfig(Config):
     model_config: ClassVar = ConfigDict(extra="ignore")
 
     seed: int = 0
+    model: ModelConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig
     train: TrainConfig

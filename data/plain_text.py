@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data.conversations import TENSORS, ChatDataConfig, Conversations
 from data.records import Account, cached_tensors
-from data.shards import is_held_out
+from data.shards import clean, is_held_out
 from data.sources import SourceConfig, SourceFile, list_files, read_rows
 from data.tokenizer import Tokenizer, id_dtype
 from utils.config import ConfigError
@@ -122,6 +122,6 @@ def _documents(
     source: SourceConfig, files: list[SourceFile], tokenizer: Tokenizer
 ) -> Iterator[tuple[str, list[int]]]:
     """The documents with any text, and their ids."""
-    texts = (text for file in files for text in read_rows(source, file) if text)
+    texts = (clean(text) for file in files for text in read_rows(source, file) if text)
     while chunk := list(islice(texts, CHUNK)):
         yield from zip(chunk, tokenizer.encode_documents(chunk), strict=True)

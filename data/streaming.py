@@ -28,7 +28,7 @@ import torch
 
 from data.mixture import Mixture
 from data.packing import Batch, Piece, RowPacker, cut_document, make_batch, pack_rows
-from data.shards import Documents, ShardStore
+from data.shards import Documents, ShardStore, clean
 from data.sources import SourceConfig, sample_texts
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 from data.windows import (
@@ -337,7 +337,7 @@ def make_tokenizer(config: TokenizerConfig, sources: list[SourceConfig]) -> Toke
     if config.path != "trained":
         return load_tokenizer(config)
     turns = zip_longest(*map(sample_texts, sources), fillvalue="")
-    return train_tokenizer((text for turn in turns for text in turn), config)
+    return train_tokenizer((clean(text) for turn in turns for text in turn), config)
 
 
 def open_stores(

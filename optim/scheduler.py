@@ -113,11 +113,10 @@ class Schedule:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
     def branch(self, step: int) -> None:
-        """Begins the decay here, from the rate in force; a branch that is resumed goes on."""
-        if not self.branched:
-            assert self.config.decay_steps is not None  # held by ScheduleConfig.problems
-            self.decay = Decay(step, self.config.decay_steps, self.factor(step))
-            self.branched = True
+        """Begins the decay here, from the rate in force, also from that of another branch."""
+        assert self.config.decay_steps is not None  # held by ScheduleConfig.problems
+        self.decay = Decay(step, self.config.decay_steps, self.factor(step))
+        self.branched = True
 
     def state_dict(self) -> dict[str, Any]:
         return {"branch": self.decay._asdict() if self.branched else None}

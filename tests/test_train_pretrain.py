@@ -297,7 +297,7 @@ def test_a_decay_branches_off_the_stable_phase(undisturbed, config, tmp_path):
     stable = tmp_path / "runs/pretrain/checkpoints/step_00000010.pt"
     pretrain(config, fault=before_step(12, stable))
     branch = ("name=branch", "schedule.decay_now=true", "schedule.decay_steps=6", "--resume-from")
-    for call in (4, 5):  # before the branch has a checkpoint of its own, and after
+    for call in (4, 5):
         outcome = pretrain(
             config, *branch, stable, "--resume", fault=Fault("train.loop.train_step", call)
         )
@@ -310,6 +310,28 @@ def test_a_decay_branches_off_the_stable_phase(undisturbed, config, tmp_path):
     rates = {m["step"]: m["train/lr"] for m in metrics if "train/lr" in m}
     assert metrics[-1]["step"] == 16
     assert rates[16] == pytest.approx(0.01 / 6)
+
+
+def test_a_branch_off_a_branch_takes_the_schedule_that_it_is_given(config, tmp_path):
+    stable = tmp_path / "runs/pretrain/checkpoints/step_00000010.pt"
+    pretrain(config, fault=before_step(12, stable))
+    decay = ("schedule.decay_now=true", "--resume-from")
+    outcome = pretrain(config, "name=one", "schedule.decay_steps=6", *decay, stable)
+    assert outcome.code == 0, outcome.err
+    one = tmp_path / "runs/one/checkpoints/step_00000016.pt"
+    outcome = pretrain(config, "name=two", "schedule.decay_steps=3", *decay, one)
+    assert "to end at step 19" in outcome.out
+    stopped = Fault("train.loop.train_step", 1, signal.SIGTERM)  # nothing of its own is trained
+    more = ("name=three", f"train.steps={STEPS + 2}", "train.log_every=1")
+    outcome = pretrain(config, *more, "--resume-from", one, fault=stopped)
+    assert "stopped at step 16; everything is saved" in outcome.out
+    outcome = pretrain(config, *more, "--resume")
+    assert "resuming from" in outcome.out
+    rates = [m.get("train/lr") for m in numbers(tmp_path / "runs/three/metrics.jsonl")]
+    assert rates.count(0.01) >= 2, "the stable phase goes on"
+    outcome = pretrain(config, "name=four", "train.steps=16", "--resume-from", one)
+    assert outcome.code == 2
+    assert "begins at step 16, and the run ends at step 16: train longer" in outcome.err
 
 
 def test_a_finished_run_resumed_says_so_and_changes_nothing(config, tmp_path):

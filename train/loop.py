@@ -120,6 +120,8 @@ def fit(
     traced = config.profile_steps if dist.is_main else 0
     trace = StepTrace(traced, metrics.path.with_name("trace.json.gz"))
     try:
+        if training.is_branch:
+            saver.save()  # else a stop before the first save would lose where it comes from
         while True:
             last = training.step >= training.schedule.total_steps
             if not _any(stop.requested, dist) and _evaluation_due(training, config, last):
@@ -157,7 +159,8 @@ class _Saver:
         self.config = config
         self.checkpointer = checkpointer
         self.dist = dist
-        self.saved_at = training.step  # a fresh run has nothing to lose, a resumed one is saved
+        # A fresh run has nothing to lose, a resumed one is saved.
+        self.saved_at = None if training.is_branch else training.step
         self.saved_time = time.monotonic()
 
     def due(self) -> bool:
@@ -244,7 +247,7 @@ def _update(
     optimizer = training.optimizer
     gradients = [p.grad for p in training.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    good = training.stability.accept(loss, norm)
+    good = training.stability.accept(loss, norm, has_targets)
     scale = (norm / clip_norm).clamp(min=1.0) if clip_norm > 0 else torch.ones_like(norm)
     optimizer.grad_scale, optimizer.found_inf = scale, (~(good & has_targets)).float()
     training.schedule.apply(optimizer, training.step)

@@ -266,27 +266,38 @@ def identity(
 def restore(training: Training, state: dict | None) -> None:
     """Put a checkpoint's state into a freshly built training.
 
-    On a branch (`--resume-from`) the config's own rates hold, and `schedule.decay_now` begins the
-    decay.
+    On a branch (`--resume-from`) the config's own rates and schedule hold, and `schedule.decay_now`
+    begins the decay, from the rate that the checkpoint's run had come to.
+
+    Raises:
+        ConfigError: a branch would end where it begins, or before.
     """
     if state is None:
         return
+    branches, schedule = "branched_from" in state, training.schedule
+    if branches and not schedule.config.decay_now:
+        state = state | {"schedule": {"branch": None}}
     optimizer = training.optimizer
     configured = [
         {key: group[key] for key in OPTIM_VALUES if key in group}
         for group in optimizer.param_groups
     ]
     training.load_state_dict(state)
-    if "branched_from" not in state:
+    if not branches:
         return
     for group, values in zip(optimizer.param_groups, configured, strict=True):
         group.update(values)
-    training.evaluated_at = -1
-    if training.schedule.config.decay_now:
-        training.schedule.branch(training.step)
+    training.evaluated_at, training.is_branch = -1, True
+    if schedule.config.decay_now:
+        schedule.branch(training.step)
+    if schedule.total_steps <= training.step:
+        raise ConfigError(
+            f"--resume-from {state['branched_from']} begins at step {training.step:,}, and the run "
+            f"ends at step {schedule.total_steps:,}: train longer, or branch off an earlier one"
+        )
     get_logger().info(
         f"branching off {state['branched_from']} at step {training.step:,}, "
-        f"to end at step {training.schedule.total_steps:,}"
+        f"to end at step {schedule.total_steps:,}"
     )
 
 

@@ -97,8 +97,14 @@ class Stability:
         self.rollback_due = False
         self.update_ratios: list[float] = []  # update norm over learning rate, at the last lines
 
-    def accept(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-        """Whether to keep a step with this mean loss and gradient norm: a bool on the device."""
+    def accept(
+        self, loss: torch.Tensor, norm: torch.Tensor, has_targets: torch.Tensor
+    ) -> torch.Tensor:
+        """Whether to keep a step with this mean loss and gradient norm: a bool on the device.
+
+        A step that teaches nothing, without targets or with a gradient of zero, stays out of the
+        window: RLVR may have many in a row, and beside zeros every other step would be a spike.
+        """
         values = torch.stack([loss, norm]).float()  # (2,)
         good = values.isfinite().all()
         if self.config is None:
@@ -107,12 +113,13 @@ class Stability:
         z = _scores(values, state["history"], state["kept"])
         good &= (z <= (self.config.sigma or math.inf)).all()
 
+        counts = good & has_targets & (norm > 0)
         slots = torch.arange(window, device=values.device)
-        written = good & (slots == state["kept"] % window)
+        written = counts & (slots == state["kept"] % window)
         state["history"] = torch.where(written, values[:, None], state["history"])
-        state["kept"] = state["kept"] + good
+        state["kept"] = state["kept"] + counts
         state["peak"] = torch.maximum(state["peak"], z.nan_to_num(0.0, posinf=0.0))
-        state["calm"] = torch.where(good, state["calm"] + 1, 0)
+        state["calm"] = torch.where(good, state["calm"] + counts, 0)
         over = state["calm"] >= self.config.calm_steps
         state["in_row"] = torch.where(over, 0, state["in_row"] + ~good)
         return good

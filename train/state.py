@@ -56,6 +56,7 @@ class Training:
     averages: Averages = field(default_factory=Averages)
     stability: Stability = field(default_factory=Stability)
     logs: list[MetricsLog] = field(default_factory=list)  # beside the metrics; cut back with them
+    is_branch: bool = False  # begins at another run's step; nothing of its own is saved yet
     boundary: dict | None = None  # loader and generators before a step that is not finished
 
     def weights(self) -> dict:

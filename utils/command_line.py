@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from utils.config import ConfigError
+from utils.terminal import discard_stdout
 
 
 @dataclass
@@ -66,8 +67,17 @@ def run_script(main: Callable[[list[str]], None]) -> None:
             main(sys.argv[1:])
         finally:  # a Ctrl-C from here on must end it, not print a traceback
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+            _flush()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _flush() -> None:
+    """Now, since Python ends with an error of its own if it fails later."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        discard_stdout()

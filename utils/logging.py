@@ -17,17 +17,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.config import ConfigError, save_yaml
+from utils.terminal import discard_stdout
 
 if TYPE_CHECKING:
     from utils.wandb_log import WandbLog
 
 
 class _Console(logging.Handler):
-    """Prints plain lines to stdout, whatever stdout is at that moment."""
+    """Prints plain lines to stdout, whatever stdout is at that moment.
+
+    What fails there stops nothing: Ctrl-C ends the `tee` of `python ... | tee log` as well, and a
+    log may fill its disk.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        print(f"{prefix}{record.getMessage()}", flush=True)
+        try:
+            print(f"{prefix}{record.getMessage()}", flush=True)
+        except BrokenPipeError:
+            discard_stdout()
+        except (OSError, ValueError):  # a full disk; a closed file
+            pass
 
 
 def get_logger() -> logging.Logger:

@@ -141,7 +141,8 @@ def open_mirror(run: Path, mirror_dir: str | None, resume: bool) -> Mirror | Non
     """The mirror of the run in this folder, if one is wanted.
 
     Raises:
-        ConfigError: `mirror_dir` is no folder, or its copy of this run would be overwritten.
+        ConfigError: `mirror_dir` is no folder, or the run's own, or its copy of this run would be
+            overwritten.
     """
     if mirror_dir is None:
         return None
@@ -150,6 +151,11 @@ def open_mirror(run: Path, mirror_dir: str | None, resume: bool) -> Mirror | Non
         raise ConfigError(
             f"train.mirror_dir ({mirror_dir}) is no folder: mount the drive, make the folder, or "
             "set the key to null"
+        )
+    if mirror.path.resolve() == run.resolve():
+        raise ConfigError(
+            f"train.mirror_dir ({mirror_dir}) is where the run itself lies: give a folder on "
+            "another disk, or set the key to null"
         )
     if not resume and mirror.holds_a_run():
         raise ConfigError(

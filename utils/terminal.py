@@ -38,6 +38,11 @@ def show(pieces: Iterable[str]) -> str:
     return text
 
 
+def discard_stdout() -> None:
+    """What is printed from here on goes nowhere, and Python's own flush at the end cannot fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
     """Ctrl-C inside raises nothing; the function that is given tells whether it was pressed."""

@@ -25,7 +25,7 @@ def document(i: int) -> str:
     return " ".join(f"word{i}" for _ in range(1 + 31 * i % 37))
 
 
-TEXTS = ["", *map(document, range(100))]
+TEXTS = ["", "half a face: ?", *map(document, range(100))]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,8 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def source(tmp_path) -> SourceConfig:
     path = tmp_path / "text.jsonl"
-    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
+    broken = (text.replace("?", "\ud83d") for text in TEXTS)  # half an emoji, as found in the wild
+    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in broken))
     return SourceConfig(name="text", path=str(path), weight=3, text_field="body")
 
 

@@ -7,7 +7,14 @@ import torch
 
 from data.packing import IGNORE, Batch
 from data.shards import ShardStore
-from data.streaming import DataConfig, Prefetcher, PretrainLoader, held_out_batches
+from data.sources import SourceConfig
+from data.streaming import (
+    DataConfig,
+    Prefetcher,
+    PretrainLoader,
+    held_out_batches,
+    make_tokenizer,
+)
 from data.tokenizer import TokenizerConfig, train_tokenizer
 from data.windows import first_epoch
 from utils.config import ConfigError
@@ -223,3 +230,11 @@ def test_a_domain_without_held_out_documents_is_refused(folder, config):
     store = ShardStore(config.sources[0], TOKENIZER, str(folder / "cache2"), 0.002, 1e-9)
     with pytest.raises(ConfigError, match="raise it"):
         held_out_batches([store], changed, 2)
+
+
+def test_half_an_emoji_does_not_stop_a_tokenizer_from_being_trained(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a \\ud83d b"}\n' * 30)
+    source = SourceConfig(name="a", path=str(path), weight=1.0)
+    tokenizer = make_tokenizer(TokenizerConfig(vocab_size=300), [source])
+    assert tokenizer.decode(tokenizer.encode("a ? b")) == "a ? b"

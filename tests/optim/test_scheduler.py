@@ -89,14 +89,25 @@ def test_a_branch_inside_a_decay_goes_on_from_the_rate_in_force():
     assert branch.total_steps == 27
 
 
-def test_a_resumed_branch_goes_on_and_is_not_begun_again():
+def test_a_resumed_branch_goes_on():
     first = schedule(1000, **WSD, decay_now=True, decay_steps=4)
     first.branch(10)
     resumed = schedule(1000, **WSD, decay_now=True, decay_steps=4)
     resumed.load_state_dict(first.state_dict())
-    resumed.branch(12)
     assert factors(resumed, range(16)) == factors(first, range(16))
     assert resumed.total_steps == 14
+
+
+def test_a_branch_off_a_branch_goes_on_from_its_rate():
+    first = schedule(1000, **WSD, decay_now=True, decay_steps=4)
+    first.branch(10)
+    second = schedule(1000, **WSD, decay_now=True, decay_steps=8)
+    second.load_state_dict(first.state_dict())
+    second.branch(12)
+    assert second.total_steps == 20
+    assert second.factor(12) == first.factor(12)
+    end, rate = second.config.final_lr_ratio, first.factor(12)
+    assert second.factor(16) == pytest.approx((rate + end) / 2)
 
 
 def test_a_resume_may_lengthen_a_run_that_has_not_branched():

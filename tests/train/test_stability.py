@@ -267,12 +267,25 @@ def test_a_run_resumed_amid_its_trouble_is_the_uninterrupted_run(tmp_path, stop_
     assert one == {key: two[key] for key in one}
 
 
+YES, NO = torch.tensor(True), torch.tensor(False)
+
+
+@pytest.mark.parametrize(("norm", "has_targets"), [(0.0, NO), (0.0, YES), (0.1, NO)])
+def test_steps_that_teach_nothing_make_no_spike_of_others(norm, has_targets):
+    stability = Stability(StabilityConfig(window=8))
+    for _ in range(8):
+        assert stability.accept(torch.tensor(0.0), torch.tensor(norm), has_targets)
+    assert (stability.device_state["kept"], stability.device_state["calm"]) == (0, 0)
+    assert stability.accept(torch.tensor(2.0), torch.tensor(1.0), YES)
+    assert (stability.device_state["kept"], stability.device_state["calm"]) == (1, 1)
+
+
 def scored(history: list[float], value: float, config: StabilityConfig) -> tuple[bool, float]:
     stability = Stability(config)
     for x in history:
-        stability.accept(torch.tensor(x), torch.tensor(1.0))
+        stability.accept(torch.tensor(x), torch.tensor(1.0), YES)
     stability.device_state["peak"].zero_()
-    good = stability.accept(torch.tensor(value), torch.tensor(1.0))
+    good = stability.accept(torch.tensor(value), torch.tensor(1.0), YES)
     return bool(good), stability.device_state["peak"][0].item()
 
 

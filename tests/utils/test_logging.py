@@ -161,3 +161,37 @@ def test_only_rank_0_prints() -> None:
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "RANK": rank}
         command = [sys.executable, "-c", code]
         assert subprocess.check_output(command, env=environment, text=True) == expected
+
+
+TALKS = """
+import sys
+from utils.command_line import run_script
+from utils.logging import get_logger
+def main(argv):
+    get_logger().info("first")
+    sys.stdin.read()
+    for _ in range(3):
+        get_logger().info("later")
+    print("done", file=sys.stderr)
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize("reader", ["gone", "full"])
+def test_a_console_that_takes_nothing_stops_nothing(reader: str) -> None:
+    if reader == "full" and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    out = os.open("/dev/full", os.O_WRONLY) if reader == "full" else subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", TALKS],
+        cwd=Path(__file__).parents[2],
+        stdin=subprocess.PIPE,
+        stdout=out,
+        stderr=subprocess.PIPE,
+    ) as process:
+        if reader == "gone":
+            assert process.stdout.readline() == b"first\n"
+            process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == b"done\n"
+    assert process.returncode == 0

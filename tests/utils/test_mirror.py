@@ -11,7 +11,8 @@ import torch
 
 from utils import checkpoint, mirror
 from utils.checkpoint import Checkpointer
-from utils.mirror import Mirror
+from utils.config import ConfigError
+from utils.mirror import Mirror, open_mirror
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +43,15 @@ def run(tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path / "mirror"
+
+
+def test_the_runs_own_folder_is_no_mirror(tmp_path):
+    run = tmp_path / "runs/tiny"
+    run.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    for same in ("runs", "link", "runs/tiny/.."):
+        with pytest.raises(ConfigError, match="is where the run itself lies"):
+            open_mirror(run, str(tmp_path / same), resume=True)
 
 
 def test_each_written_checkpoint_is_copied_and_rotated(run, folder):
