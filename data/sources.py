@@ -11,6 +11,7 @@ made from the old one are not reused. For the hub it is the commit.
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import io
@@ -23,6 +24,7 @@ from typing import Any
 
 from data import builtin, hub
 from utils.config import Config, ConfigError, Problem
+from utils.logging import get_logger
 
 BUILTIN_PREFIX = "builtin:"
 EDGE_BYTES = 1 << 20
@@ -103,7 +105,18 @@ def list_files(source: SourceConfig) -> list[SourceFile]:
             f"source '{source.name}': no documents at '{source.path}'{what}. Give a file, folder "
             f"or glob of {', '.join(SUFFIXES)} (plain, {' or '.join(COMPRESSED)})"
         )
+    others = [p.name for p in found if p.is_file() and p not in files]
+    if others:
+        _tell_others(source.name, tuple(others))
     return [SourceFile(str(p), _revision(p)) for p in files]
+
+
+@functools.cache  # once
+def _tell_others(name: str, others: tuple[str, ...]) -> None:
+    some = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+    get_logger().warning(
+        f"source '{name}': not read, of no known kind: {len(others):,} file(s) ({some})"
+    )
 
 
 def _list_hub_files(source: SourceConfig) -> list[SourceFile]:

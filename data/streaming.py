@@ -377,6 +377,9 @@ def held_out_batches(
         members = [s for s in stores if s.source.domain == domain]
         documents = [d for s in members for d in s.held_out(config.held_out_share(s.source))]
         if not documents:
+            for source in (s.source for s in members):
+                if not any(sample_texts(source)):
+                    raise ConfigError(f"source '{source.name}': no text at '{source.path}'")
             raise ConfigError(
                 f"data.held_out_fraction ({config.held_out_fraction}) leaves no held-out document "
                 f"in domain '{domain}'; raise it"

@@ -174,6 +174,11 @@ def test_data_of_a_folder_and_a_line_for_what_is_missing(save, tmp_path, capsys)
     _, *lines = str(caught.value).splitlines()
     assert lines[0].startswith("  hellaswag: no data (")
     assert lines[1].startswith("  gsm8k: no data (its data has no split 'train')")
+    (data / "gsm8k" / "test.jsonl").rename(data / "gsm8k" / "gsm8k_test.jsonl")
+    with pytest.raises(ConfigError, match=r"gsm8k holds gsm8k_test\.jsonl, and no .* begins with"):
+        evaluate(path, "--tasks", "gsm8k", *command)
+    with pytest.raises(ConfigError, match="--data-dir nowhere is no folder"):
+        evaluate(path, "--tasks", "gsm8k", "--data-dir", "nowhere")
 
 
 @needs_harness

@@ -353,6 +353,8 @@ BAD_INPUT = {
     "warm-up": (["schedule.warmup_steps=23"], "do not fit"),
     "vocabulary": (["model.vocab_size=200"], "raise model.vocab_size"),
     "no file": (["data.sources.0.path=nowhere.jsonl"], "no documents at"),
+    "no folder for runs": (["runs_dir=LICENSE/runs"], "error: LICENSE/runs"),
+    "no folder for shards": (["data.cache_dir=LICENSE/cache"], "error: LICENSE/cache"),
     "no tokenizer": (["tokenizer.path=./nowhere"], "no tokenizer.json there"),
     "kernel": (["runtime.attention=fa4"], "needs a CUDA device"),
     "two": (["optim.lr=-1", "train.micro_batch=0"], "2 problem"),

@@ -198,6 +198,8 @@ def _read_text(path: Path) -> str:
 def _load_tasks(settings: Settings, means: Means) -> tuple[list, list[str]]:
     if not settings.tasks:
         return [], []
+    if means.data_dir and not means.data_dir.is_dir():
+        raise ConfigError(f"--data-dir {means.data_dir} is no folder")
     try:
         from train.harness_tasks import load_tasks
     except ImportError as error:

@@ -98,6 +98,12 @@ def _why_missing(name: str, dataset: str | None, data_dir: Path | None, error: E
     if dataset is None or dataset in ("json", "parquet", "csv", "text"):
         return f"{name}: cannot be loaded: {reason}"
     folder = f"{data_dir or 'DIR'}/{dataset.rpartition('/')[2]}"
+    there = sorted(path.name for path in Path(folder).glob("*.*")) if data_dir else []
+    if there and not find_files(data_dir, name, dataset, None):
+        return (
+            f"{name}: {folder} holds {', '.join(there[:3])}, and no jsonl, json or parquet whose "
+            f"name begins with one of {', '.join(SPLITS)}"
+        )
     return (
         f"{name}: no data ({reason}). Where there is network: `hf download {dataset} "
         f"--repo-type dataset --local-dir {folder}`; then give --data-dir {data_dir or 'DIR'}"

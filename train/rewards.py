@@ -167,14 +167,19 @@ def verifier(name: str) -> Verifier:
         ConfigError: there is none, or what it needs is not here; with the reason.
     """
     if name not in VERIFIERS:
-        near = get_close_matches(name, VERIFIERS, n=1, cutoff=0)[0]
-        known = ", ".join(VERIFIERS)
-        raise ConfigError(f"no verifier '{name}', did you mean '{near}'? There are {known}")
+        raise ConfigError(f"{_unknown(name)} There are {', '.join(VERIFIERS)}")
     return VERIFIERS[name]()
+
+
+def _unknown(name: str) -> str:
+    near = get_close_matches(name, VERIFIERS, n=1, cutoff=0)[0]
+    return f"no verifier '{name}', did you mean '{near}'?"
 
 
 def check_answer(name: str, answer: str) -> str | None:
     """Why no completion could ever be right, in a few words; None if one could."""
+    if name not in VERIFIERS:
+        return _unknown(name)
     if not answer.strip():
         return "answer missing"
     if name in ("gsm8k", "number") and _answer_number(answer) is None:

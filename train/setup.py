@@ -125,7 +125,7 @@ def load_base(args: CommandLine, stages: Sequence[str], model: ModelConfig) -> d
     Raises:
         ConfigError: none given, of a stage that is not among `stages`, or of another shape.
     """
-    wanted = f"a {' or '.join(stages)} checkpoint, such as runs/NAME/{stages[0]}_final.pt"
+    wanted = f"a {' or '.join(stages)} checkpoint, such as runs/NAME/NAME_final.pt"
     path = args.base_model
     if path is None:
         raise ConfigError(f"--base-model is missing: this stage starts from {wanted}")

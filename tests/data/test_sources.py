@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -94,3 +95,13 @@ def test_a_damaged_file_is_said(tmp_path, name):
 def test_a_source_that_is_not_there(tmp_path, path):
     with pytest.raises(ConfigError, match=r"no documents at|is none of"):
         list_files(source(path if ":" in path else tmp_path / path))
+
+
+def test_files_of_unknown_kinds_are_told_of_once(tmp_path, capsys):
+    for name in ("a.jsonl", "b.csv", "c.md", "d.pdf", "e.pdf"):
+        (tmp_path / name).write_text("")
+    source = SourceConfig(name="s", path=str(tmp_path), weight=1.0)
+    assert [Path(file.path).name for file in list_files(source)] == ["a.jsonl"]
+    list_files(source)
+    told = "warning: source 's': not read, of no known kind: 4 file(s) (b.csv, c.md, d.pdf, ...)\n"
+    assert capsys.readouterr().out == told

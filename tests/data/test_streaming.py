@@ -238,3 +238,12 @@ def test_half_an_emoji_does_not_stop_a_tokenizer_from_being_trained(tmp_path):
     source = SourceConfig(name="a", path=str(path), weight=1.0)
     tokenizer = make_tokenizer(TokenizerConfig(vocab_size=300), [source])
     assert tokenizer.decode(tokenizer.encode("a ? b")) == "a ? b"
+
+
+def test_a_source_without_text_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 9)
+    source = SourceConfig(name="a", path=str(tmp_path / "a.jsonl"), weight=1.0)
+    store = ShardStore(source, TOKENIZER, str(tmp_path / "cache"), 1.0, 0.1)
+    config = DataConfig(sources=[source], cache_dir=str(tmp_path / "cache"), seq_len=64)
+    with pytest.raises(ConfigError, match=r"source 'a': no text at '.*a.jsonl'"):
+        held_out_batches([store], config, 1)

@@ -303,6 +303,7 @@ def test_unknown_verifier_is_answered_with_the_nearest() -> None:
 
 
 UNUSABLE = [
+    ("nubmer", "5", "no verifier 'nubmer', did you mean 'number'?"),
     ("gsm8k", " ", "answer missing"),
     ("gsm8k", "no number", "answer without a number"),
     ("gsm8k", "5 apples\n#### ?", "answer without a number"),
