@@ -98,15 +98,15 @@ def list_files(source: SourceConfig) -> list[SourceFile]:
         return [SourceFile(source.path, f"v{builtin.VERSION}")]
     path = Path(source.path).expanduser()
     found = sorted(path.rglob("*")) if path.is_dir() else sorted(map(Path, glob.glob(str(path))))
-    files = [p for p in found if p.is_file() and _kind(p) is not None]
+    there = [p for p in found if p.is_file()]
+    files = [p for p in there if _kind(p) is not None]
     if not files:
         what = f"; {found[0]} is of no known kind" if found else ""
         raise ConfigError(
             f"source '{source.name}': no documents at '{source.path}'{what}. Give a file, folder "
             f"or glob of {', '.join(SUFFIXES)} (plain, {' or '.join(COMPRESSED)})"
         )
-    others = [p.name for p in found if p.is_file() and p not in files]
-    if others:
+    if others := [p.name for p in there if _kind(p) is None]:
         _tell_others(source.name, tuple(others))
     return [SourceFile(str(p), _revision(p)) for p in files]
 

@@ -56,9 +56,7 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
     except CheckpointError:
         raise
     except Exception as error:  # a damaged or foreign file can fail in any way
-        reason = (
-            str(error).partition("\n")[0].partition(". ")[0]
-        )  # torch goes on with unsafe advice
+        reason = re.split(r"\n|\. ", str(error))[0]  # torch goes on with unsafe advice
         raise CheckpointError(f"{path}: damaged or not a checkpoint ({reason})") from error
     version = payload.get("format_version") if isinstance(payload, dict) else None
     if version != FORMAT_VERSION:

@@ -71,10 +71,13 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:  # a folder that cannot be written, say; nothing else names a file
-        if error.filename is None:
+    except OSError as error:
+        if (
+            error.filename is None
+        ):  # else a path of the user's: a folder that cannot be written, say
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        remedy = "give another path, or make this one usable"
+        print(f"error: {error.filename}: {error.strerror}; {remedy}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
