@@ -134,11 +134,7 @@ def main(argv: list[str]) -> None:
         reference = setup.load_reference(args, BASE_STAGES, config, fingerprint, dist)
     judge, verifier = make_judge(args, config, prompts, tokenizer, model, state)
     engine = make_engine(
-        model,
-        config.rollout,
-        config.data.max_prompt_tokens,
-        tokenizer.eos_id,
-        dist.world_size,
+        model, config.rollout, config.data.max_prompt_tokens, tokenizer.eos_id, dist.world_size
     )
     loader = RolloutLoader(
         model,

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Figures of training and scoring that need a GPU, part by part; each part's table, and the files in runs/bench.
 #
-#   bash bench/figures.sh                    # all, about 30 minutes on one H200
+#   bash bench/figures.sh                    # all, about 30 minutes on one H200, projected
 #   bash bench/figures.sh step160 loop160    # some
 #   TEXT=configs/pretrain_160m.yaml bash bench/figures.sh parity    # losses compared on a config's text
 set -uo pipefail

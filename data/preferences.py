@@ -118,8 +118,8 @@ def to_pair(record: Record) -> Pair | None:
     found = [_conversation(record.get("prompt"), record[side]) for side in ("chosen", "rejected")]
     if None in found:
         return None
-    system = {"system": record.get("system")}
-    return tuple(to_messages({**system, "messages": messages}) for messages in found)
+    system = record.get("system")
+    return tuple(to_messages({"messages": messages, "system": system}) for messages in found)
 
 
 def _conversation(prompt: object, answer: object) -> object:

@@ -130,7 +130,7 @@ def to_prompt(record: Mapping[str, Any], verifier: str | None) -> _Row | None:
     if asked is None or "answer" not in record:
         return None
     turns = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
-    system = {"system": record.get("system")}
+    messages = to_messages({"messages": turns, "system": record.get("system")})
     metadata, answer = record.get("metadata"), record["answer"]
     of_gym = isinstance(metadata, Mapping) and "source_dataset" in metadata
     marked = isinstance(answer, str) and MARKER in answer
@@ -142,7 +142,7 @@ def to_prompt(record: Mapping[str, Any], verifier: str | None) -> _Row | None:
         answer = answer.rpartition(MARKER)[2].strip()
     elif isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
-    return _Row(to_messages({**system, "messages": turns}), answer, verifier)
+    return _Row(messages, answer, verifier)
 
 
 def check_prompt(row: _Row, check_answer: CheckAnswer) -> str | None:
